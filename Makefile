@@ -1,0 +1,44 @@
+# Every target needs only Python >= 3.11 and, for the native CPU kernels, a C++ compiler.
+
+VENV ?= .venv
+PYTHON ?= python3
+TORCH_INDEX ?=
+ARGS ?=
+
+BIN := $(abspath $(VENV))/bin
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help setup demo test test-fast lint format clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@echo
+	@echo "  VENV=$(VENV)  the environment that is built and used"
+	@echo "  PYTHON=$(PYTHON)  the Python that builds it"
+	@echo "  TORCH_INDEX=$(TORCH_INDEX)  index of PyTorch's CPU wheels, where pip is not set up to find them"
+	@echo "  ARGS=$(ARGS)  more arguments for demo, test and test-fast"
+
+setup: ## build the environment when it is missing or out of date
+	@TORCH_INDEX='$(TORCH_INDEX)' $(PYTHON) tools/setup_env.py --venv '$(VENV)'
+
+demo: setup ## serve a real model at switching precision and show what happens
+	$(BIN)/python -m demo.run $(ARGS)
+
+test: setup ## all tests
+	$(BIN)/python -m pytest $(ARGS)
+
+test-fast: setup ## the tests that start no vLLM engine
+	$(BIN)/python -m pytest -m 'not engine' $(ARGS)
+
+lint: setup ## format, lint, types, spelling, rules of the repository
+	PATH='$(BIN)':"$$PATH" PRE_COMMIT_HOME=.cache/pre-commit pre-commit run --all-files
+
+format: setup ## repair what can be repaired
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean: ## remove build outputs and tool caches; the environment and the models stay
+	rm -rf build dist ./*.egg-info .hypothesis .cache/mypy .cache/ruff .cache/pytest .cache/pre-commit
+	rm -rf demo/out benchmarks/out
+	find . -path './$(VENV)' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
