@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `flexquant` command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vllm_flexquant import __version__
+
+app = typer.Typer(
+    name="flexquant",
+    help="Nested quantization for vLLM: quantize checkpoints, check them, see the kernels.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Entry point of the console script; a bad argument ends in one sentence, not a traceback."""
+    try:
+        app()
+    except ValueError as error:
+        typer.secho(f"flexquant: {error}", err=True, fg="red")
+        raise SystemExit(2) from None
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if show_version:
+        typer.echo(f"vllm-flexquant {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def quantize(
+    model: Annotated[Path, typer.Argument(help="Unquantized Hugging Face checkpoint (folder).")],
+    out: Annotated[Path, typer.Argument(help="New folder for the flexquant checkpoint.")],
+    layout: Annotated[str, typer.Option(help="Plane widths in bits: 4|2|2, 2|2|4 or 2|1|1|2|2.")] = "4|2|2",
+    group_size: Annotated[int, typer.Option(help="Largest group: 128, 64 or 32.")] = 64,
+    scales: Annotated[str, typer.Option(help="per_width or shared.")] = "per_width",
+    output_layer: Annotated[bool, typer.Option(help="Quantize the output layer.")] = True,
+    ignore: Annotated[str, typer.Option(help="Layers to leave unquantized, comma-separated.")] = "",
+) -> None:
+    """Quantize MODEL to nearest and save it as planes in OUT."""
+    from rich.progress import Progress
+
+    from vllm_flexquant.config import FlexQuantOptions
+    from vllm_flexquant.quantize.pipeline import quantize_checkpoint
+
+    options = FlexQuantOptions().updated(
+        {
+            "layout": layout,
+            "group_size": group_size,
+            "scales": scales,
+            "output_layer": output_layer,
+            "ignore": ignore,
+        },
+        "command line",
+    )
+    with Progress(transient=True) as bar:
+        task = bar.add_task("quantizing", total=None)
+
+        def advance(name: str, done: int, total: int) -> None:
+            bar.update(task, description=name, completed=done, total=total)
+
+        modules = quantize_checkpoint(model, out, options, advance)
+    weights = sum(rows * columns for rows, columns in modules.values())
+    typer.echo(f"{len(modules)} layers, {weights / 1e6:.1f} M weights in planes {layout}: {out}")
+
+
+@app.command()
+def validate(
+    checkpoint: Annotated[Path, typer.Argument(help="Saved flexquant checkpoint (folder).")],
+    verify: Annotated[bool, typer.Option(help="Also compare file hashes.")] = True,
+) -> None:
+    """Check a saved checkpoint without loading it."""
+    from vllm_flexquant.format.checkpoint import validate_checkpoint
+
+    if not (checkpoint / "config.json").exists():
+        raise ValueError(f"{checkpoint} has no config.json; give a checkpoint folder")
+    modules = validate_checkpoint(checkpoint, verify)
+    typer.echo(f"{checkpoint}: {len(modules)} layers in planes, all present and whole")
+
+
+@app.command()
+def kernels(
+    build: Annotated[bool, typer.Option(help="Build the CPU kernels if they are not cached.")] = True,
+) -> None:
+    """Say which kernels this machine runs, and why."""
+    from flexquant_kernels import ops
+
+    status = ops.load_native(build=build)
+    typer.echo(json.dumps(vars(status), indent=2))

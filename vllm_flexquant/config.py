@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything a user may set, in one place.
+
+Options reach an engine from four sources; a later one wins:
+
+1. the defaults below,
+2. environment variables, `VLLM_FLEXQUANT_<OPTION>`,
+3. `--additional-config '{"flexquant": {...}}'`,
+4. for a checkpoint that is quantized while it loads,
+   `--hf-overrides '{"quantization_config": {"quant_method": "flexquant", ...}}'`.
+
+A saved flexquant checkpoint fixes its own format options (`FORMAT_OPTIONS`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from vllm_flexquant.format.layout import GROUP_SIZES, PARENT_BITS, PlaneLayout, ScaleMode
+
+METHOD = "flexquant"
+ENV_PREFIX = "VLLM_FLEXQUANT_"
+
+PROCESS_ENV = {
+    "VLLM_FLEXQUANT_DISABLE": "1: the plugin registers nothing in this process",
+    "VLLM_FLEXQUANT_CACHE": "folder of the compiled CPU kernels (default: the user's cache folder)",
+}
+"""Environment variables that are not options of an engine."""
+
+XARG_MIN_BITS = "flexquant_min_bits"
+"""The one `vllm_xargs` key of a request: no layer runs below it in the steps it is part of."""
+
+LOWEST_BITS = 2
+
+Policy = Literal["entropy", "static", "manual"]
+Bits = Annotated[int, Field(ge=LOWEST_BITS, le=PARENT_BITS)]
+Layout = Annotated[PlaneLayout, BeforeValidator(PlaneLayout.parse)]
+
+
+def _split(value: Any) -> Any:
+    return [v.strip() for v in value.split(",") if v.strip()] if isinstance(value, str) else value
+
+
+class FlexQuantOptions(BaseModel):
+    """Options of one engine."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    layout: Layout = Field(
+        PlaneLayout(), description="plane widths in bits, most significant first"
+    )
+    group_size: int = Field(
+        64,
+        description="largest group of weights that share a scale: 128, 64 or 32; a layer takes the "
+        "largest of these that divides its input dimension",
+    )
+    scales: ScaleMode = Field(ScaleMode.PER_WIDTH, description="per_width or shared")
+    output_layer: bool = Field(True, description="quantize the output layer (lm_head)")
+    ignore: Annotated[tuple[str, ...], BeforeValidator(_split)] = Field(
+        (), description="names or name endings of layers to leave unquantized, comma-separated"
+    )
+    verify: bool = Field(
+        True, description="check the hashes of a saved checkpoint before it is loaded"
+    )
+
+    policy: Policy = Field("entropy", description="entropy, static or manual")
+    width: Bits | None = Field(
+        None, description="bits of every layer under static and manual (default: all bits)"
+    )
+    level: int | None = Field(
+        None, ge=0, description="level of the ladder under static and manual, instead of a width"
+    )
+    min_bits: Bits = Field(LOWEST_BITS, description="no layer runs below this many bits")
+    max_bits: Bits = Field(PARENT_BITS, description="no layer runs above this many bits")
+    prefill: Literal["full", "policy"] = Field(
+        "full",
+        description="width of steps that hold prompt tokens: all bits, or as the policy says",
+    )
+    aggregate: Literal["mean", "quantile", "max"] = Field(
+        "mean", description="how the entropies of the running batch become one"
+    )
+    quantile: float = Field(0.9, ge=0, le=1, description="which one, under aggregate=quantile")
+    entropy_low: float = Field(
+        0.5, ge=0, description="nats at and below which the cheapest level runs"
+    )
+    entropy_high: float = Field(
+        2.5, gt=0, description="nats at and above which the best level runs"
+    )
+    entropy_decay: float = Field(
+        0.5, ge=0, lt=1, description="weight of the past in a sequence's moving average"
+    )
+    hysteresis: float = Field(
+        0.05, ge=0, le=1, description="share of the ladder that a change must exceed"
+    )
+    dwell: int = Field(1, ge=1, description="steps between two changes of level at least")
+    trace_steps: int = Field(
+        0, ge=0, le=1_000_000, description="last steps kept for inspection; syncs a GPU if not 0"
+    )
+
+    @field_validator("group_size")
+    @classmethod
+    def _known_group_size(cls, value: int) -> int:
+        if value not in GROUP_SIZES:
+            raise ValueError(f"group size {value} is not supported; use 128, 64 or 32")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> FlexQuantOptions:
+        if self.min_bits > self.max_bits:
+            raise ValueError(
+                f"min_bits {self.min_bits} is above max_bits {self.max_bits}; lower one of them"
+            )
+        if self.entropy_low >= self.entropy_high:
+            raise ValueError(
+                f"entropy_low {self.entropy_low} is not below entropy_high {self.entropy_high}"
+            )
+        if self.width is not None and self.level is not None:
+            raise ValueError(
+                f"width {self.width} and level {self.level} are both set; set one of them"
+            )
+        if self.width is not None and self.width not in self.layout.widths:
+            raise ValueError(
+                f"width {self.width} is not in layout {self.layout}; "
+                f"it has {', '.join(map(str, self.layout.widths))}"
+            )
+        if self.policy == "entropy" and (self.width is not None or self.level is not None):
+            pinned = "width" if self.width is not None else "level"
+            raise ValueError(
+                f"{pinned} {getattr(self, pinned)} has no effect under policy entropy; "
+                "set policy to static or manual, or use min_bits and max_bits"
+            )
+        return self
+
+    def updated(self, changes: Mapping[str, Any], source: str) -> FlexQuantOptions:
+        """A copy with `changes` applied.
+
+        Raises:
+            ValueError: an unknown option or a bad value; the message names `source`, the option,
+                the value and the remedy.
+        """
+        if unknown := sorted(set(changes) - set(type(self).model_fields)):
+            known = ", ".join(type(self).model_fields)
+            raise ValueError(f"{source}: unknown option '{unknown[0]}'; options are {known}")
+        try:
+            return type(self).model_validate({**dict(self), **changes})
+        except ValidationError as error:
+            raise ValueError(f"{source}: {describe(error)}") from None
+
+
+FORMAT_OPTIONS = ("layout", "group_size", "scales")
+"""Options that a saved checkpoint fixes."""
+
+LOAD_OPTIONS = (*FORMAT_OPTIONS, "output_layer", "ignore", "verify", "trace_steps")
+"""Options that hold from load to shutdown; the others can be changed while serving."""
+
+
+def describe(error: ValidationError) -> str:
+    """The first problem of a pydantic error in one sentence: option, value, what was expected."""
+    problem = error.errors()[0]
+    message = problem["msg"].removeprefix("Value error, ")
+    if not problem["loc"]:
+        return message
+    name, value = problem["loc"][0], problem["input"]
+    return f"option '{name}' is {value!r}: {message}"
+
+
+def options_from_environment() -> FlexQuantOptions:
+    """Defaults overridden by `VLLM_FLEXQUANT_*`."""
+    fields = FlexQuantOptions.model_fields
+    names = {f"{ENV_PREFIX}{name.upper()}": name for name in fields}
+    for variable in os.environ:
+        if (
+            variable.startswith(ENV_PREFIX)
+            and variable not in names
+            and variable not in PROCESS_ENV
+        ):
+            raise ValueError(
+                f"environment: unknown variable {variable}; variables are "
+                f"{', '.join([*names, *PROCESS_ENV])}"
+            )
+    found = {name: os.environ[variable] for variable, name in names.items() if variable in os.environ}
+    return FlexQuantOptions().updated(found, "environment")
+
+
+class PolicyUpdate(BaseModel):
+    """What `POST /v1/flexquant` may change; a field that is absent stays as it is.
+
+    `width` or `level` without `policy` selects `manual`.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    policy: Policy | None = None
+    width: Bits | None = None
+    level: int | None = Field(None, ge=0)
+    min_bits: Bits | None = None
+    max_bits: Bits | None = None
+    prefill: Literal["full", "policy"] | None = None
+    aggregate: Literal["mean", "quantile", "max"] | None = None
+    quantile: float | None = Field(None, ge=0, le=1)
+    entropy_low: float | None = Field(None, ge=0)
+    entropy_high: float | None = Field(None, gt=0)
+    entropy_decay: float | None = Field(None, ge=0, lt=1)
+    hysteresis: float | None = Field(None, ge=0, le=1)
+    dwell: int | None = Field(None, ge=1)
+
+    def apply(self, options: FlexQuantOptions) -> FlexQuantOptions:
+        """The options after this update.
+
+        Raises:
+            ValueError: as `FlexQuantOptions.updated`.
+        """
+        changes: dict[str, Any] = self.model_dump(exclude_none=True)
+        if "width" in changes or "level" in changes:
+            changes.setdefault("policy", "manual")
+            changes.setdefault("width", None)
+            changes.setdefault("level", None)
+        elif changes.get("policy") == "entropy":
+            changes |= {"width": None, "level": None}
+        return options.updated(changes, "request")
+
+
+def request_floor(extra_args: Mapping[str, Any] | None) -> int:
+    """The lowest width in bits that a request asks for (0 if it asks for none).
+
+    Args:
+        extra_args: `SamplingParams.extra_args`, which vLLM fills from `vllm_xargs`.
+
+    Raises:
+        ValueError: an unknown `flexquant_` key or a width that is not an integer from 2 to 8.
+    """
+    if not extra_args:
+        return 0
+    for key in extra_args:
+        if key.startswith("flexquant_") and key != XARG_MIN_BITS:
+            raise ValueError(f"vllm_xargs: unknown key '{key}'; known is {XARG_MIN_BITS}")
+    bits = extra_args.get(XARG_MIN_BITS, 0)
+    if XARG_MIN_BITS in extra_args and (
+        not isinstance(bits, int)
+        or isinstance(bits, bool)
+        or not LOWEST_BITS <= bits <= PARENT_BITS
+    ):
+        raise ValueError(
+            f"vllm_xargs: {XARG_MIN_BITS} is {bits!r}; "
+            f"give an integer from {LOWEST_BITS} to {PARENT_BITS}"
+        )
+    return bits

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Entry point `vllm.general_plugins`: registers the quantization method in every vLLM process.
+
+The only place that patches vLLM. Patches:
+
+| what | why | how | upstream | can go when |
+|---|---|---|---|---|
+| `EngineArgs.create_engine_config` | a quantization method cannot choose the worker class, nor add \
+a logits processor, nor read `--additional-config` | wrapped; acts only when the method is flexquant \
+| the same patch is in vllm-project/vllm-bnb-plugin and vllm-gguf-plugin | `QuantizationConfig` gets \
+a hook that may change the engine config |
+"""
+
+from __future__ import annotations
+
+import os
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+
+from vllm_flexquant import __version__
+from vllm_flexquant.config import METHOD
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+def register() -> None:
+    """Make `--quantization flexquant` known. Idempotent, cheap, touches no device.
+
+    The environment variable VLLM_FLEXQUANT_DISABLE=1 makes this do nothing.
+    """
+    if os.environ.get("VLLM_FLEXQUANT_DISABLE") == "1":
+        return
+    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
+
+    if METHOD not in QUANTIZATION_METHODS:
+        import vllm_flexquant.runtime.quant_config  # noqa: F401 - registers itself
+    _patch_engine_args()
+
+
+def _patch_engine_args() -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    if getattr(EngineArgs.create_engine_config, "_flexquant", False):
+        return
+    create_engine_config = EngineArgs.create_engine_config
+
+    @wraps(create_engine_config)
+    def create_flexquant_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
+        config = create_engine_config(self, *args, **kwargs)
+        if config.model_config is not None and config.model_config.quantization == METHOD:
+            prepare_engine_config(config)
+        return config
+
+    create_flexquant_engine_config._flexquant = True  # type: ignore[attr-defined]
+    EngineArgs.create_engine_config = create_flexquant_engine_config  # type: ignore[method-assign]
+
+
+def prepare_engine_config(config: VllmConfig) -> None:
+    """Set what an engine with flexquant weights needs, before it is handed to the workers.
+
+    Raises:
+        ValueError: bad options, or a worker class that lacks `FlexWorkerMixin`.
+    """
+    from flexquant_kernels import ops
+    from vllm.logger import init_logger
+
+    from vllm_flexquant.runtime import logits_processor
+    from vllm_flexquant.runtime.worker import WORKERS, FlexWorkerMixin
+
+    logger = init_logger(f"vllm.{__name__}")
+    quant_config = config.quant_config
+    additional = config.additional_config if isinstance(config.additional_config, dict) else {}
+    given = additional.get(METHOD, {})
+    if not isinstance(given, dict):
+        raise ValueError(
+            f"--additional-config: '{METHOD}' is {given!r}; give an object of options, "
+            f'as in {{"{METHOD}": {{"policy": "static"}}}}'
+        )
+    quant_config.apply_options(given, f"--additional-config {METHOD}")  # type: ignore[union-attr]
+    # vLLM's compile cache knows nothing of plugins; this makes the plugin part of its key
+    config.additional_config = additional | {f"{METHOD}_version": __version__}
+
+    worker = config.parallel_config.worker_cls
+    if worker in WORKERS:
+        config.parallel_config.worker_cls = WORKERS[worker]
+    else:
+        from vllm.utils.import_utils import resolve_obj_by_qualname
+
+        if not issubclass(resolve_obj_by_qualname(worker), FlexWorkerMixin):
+            raise ValueError(
+                f"--worker-cls {worker} cannot serve --quantization {METHOD}; derive it from "
+                "vllm_flexquant.runtime.worker.FlexWorkerMixin or drop the option"
+            )
+
+    processors = list(config.model_config.logits_processors or ())
+    if config.speculative_config is not None and not config.use_v2_model_runner:
+        logger.warning(
+            "flexquant: vLLM's V1 model runner allows no logits processor beside speculative "
+            "decoding, so entropies are not seen and policy entropy stays at its first level"
+        )
+    elif logits_processor.NAME not in processors:
+        config.model_config.logits_processors = [logits_processor.NAME, *processors]
+
+    if config.device_config.device_type == "cpu":
+        ops.load_native()  # once here, so that workers find the kernels built

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a Hugging Face checkpoint to a saved flexquant checkpoint, one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from flexquant_kernels.pack import pack_planes
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from vllm_flexquant.config import FlexQuantOptions
+from vllm_flexquant.format.checkpoint import (
+    FORMAT_VERSION,
+    SIDECAR,
+    OutputLayer,
+    StoredConfig,
+    hash_file,
+    tensor_names,
+    validate_checkpoint,
+)
+from vllm_flexquant.format.layout import choose_group_size
+from vllm_flexquant.quantize.rtn import quantize_rtn
+
+_KEPT = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README*")
+"""What is copied beside the weights."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with a module's name, its number and how many there are."""
+
+
+def linear_modules(folder: Path) -> dict[str, tuple[int, int]]:
+    """(N, K) of each linear layer of the model's architecture, from its `config.json` alone.
+
+    Raises:
+        ValueError: transformers does not know the architecture.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (ValueError, KeyError, OSError) as error:
+        raise ValueError(f"{folder}: transformers cannot build this model: {error}") from None
+    return {
+        name: (module.out_features, module.in_features)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+
+
+def quantize_checkpoint(
+    model: Path, out: Path, options: FlexQuantOptions, progress: Progress | None = None
+) -> dict[str, tuple[int, int]]:
+    """Quantize `model` to nearest, into the new folder `out`.
+
+    The folder appears only when it is complete and has passed validation.
+
+    Returns:
+        (N, K) of each quantized module.
+
+    Raises:
+        ValueError: `model` is no unquantized checkpoint in safetensors form, `out` exists, no layer
+            can be quantized, or a weight is NaN or infinite.
+    """
+    config = _read_config(model)
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} exists and is not empty; name a new folder")
+    files = sorted(model.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{model} has no .safetensors file; convert the checkpoint first")
+    chosen, ignored = _choose(model, options)
+    if not chosen:
+        raise ValueError(f"{model} has no layer that can be quantized ({'; '.join(ignored)})")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
+        folder = Path(scratch) / "checkpoint"
+        folder.mkdir()
+        for pattern in _KEPT:
+            for file in model.glob(pattern):
+                if not file.name.endswith(".index.json"):
+                    shutil.copy2(file, folder)
+        written = _write_weights(files, folder, chosen, options, progress)
+        if missing := sorted(set(chosen) - written - {"lm_head"}):
+            raise ValueError(f"{model} lacks {missing[0]}.weight; copy the checkpoint again")
+        stored = StoredConfig(
+            layout=str(options.layout),
+            group_size=options.group_size,
+            scales=options.scales,
+            output_layer=_output_layer(chosen, written, config),
+            ignore=tuple(sorted(name for name in ignored if name != "lm_head")),
+        )
+        config["quantization_config"] = stored.model_dump(mode="json")
+        (folder / "config.json").write_text(json.dumps(config, indent=2))
+        _write_sidecar(folder, model, files)
+        modules = validate_checkpoint(folder, verify=False)
+        if out.exists():
+            out.rmdir()
+        folder.rename(out)
+    return modules
+
+
+def _read_config(model: Path) -> dict:
+    try:
+        config = json.loads((model / "config.json").read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{model} has no config.json; give a Hugging Face checkpoint") from None
+    if existing := config.get("quantization_config"):
+        raise ValueError(
+            f"{model} is already quantized ({existing.get('quant_method')}); "
+            "start from the unquantized checkpoint"
+        )
+    return config
+
+
+def _choose(
+    model: Path, options: FlexQuantOptions
+) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
+    """Linear layers to quantize, and those left alone with the reason."""
+    chosen, ignored = {}, {}
+    for name, (rows, columns) in linear_modules(model).items():
+        if any(name == i or name.endswith(f".{i}") for i in options.ignore):
+            ignored[name] = "named in ignore"
+        elif name == "lm_head" and not options.output_layer:
+            ignored[name] = "output layer switched off"
+        elif choose_group_size(columns, options.group_size) is None:
+            ignored[name] = f"no group size divides its {columns} inputs"
+        else:
+            chosen[name] = (rows, columns)
+    return chosen, ignored
+
+
+def _tensors(files: list[Path]) -> Iterator[tuple[Path, str, torch.Tensor]]:
+    for file in files:
+        with safe_open(file, framework="pt") as reader:
+            for name in reader.keys():  # noqa: SIM118 - safe_open is no mapping
+                yield file, name, reader.get_tensor(name)
+
+
+def _write_weights(
+    files: list[Path],
+    folder: Path,
+    chosen: dict[str, tuple[int, int]],
+    options: FlexQuantOptions,
+    progress: Progress | None,
+) -> set[str]:
+    """One output file per input file; returns the modules quantized."""
+    written: set[str] = set()
+    pending: dict[Path, dict[str, torch.Tensor]] = {}
+    for file, name, tensor in _tensors(files):
+        if file not in pending:
+            _flush(pending, folder)
+            pending[file] = {}
+        module = name.removesuffix(".weight")
+        if name == module or module not in chosen:
+            pending[file][name] = tensor
+            continue
+        group_size = choose_group_size(tensor.shape[1], options.group_size)
+        assert group_size is not None
+        codes, scales = quantize_rtn(tensor, options.layout, group_size, options.scales, name=name)
+        planes = pack_planes(codes, options.layout.planes)
+        names = tensor_names(module, options.layout)
+        pending[file] |= dict(zip(names, [*planes, scales], strict=True))
+        written.add(module)
+        if progress:
+            progress(module, len(written), len(chosen))
+    _flush(pending, folder)
+    return written
+
+
+def _flush(pending: dict[Path, dict[str, torch.Tensor]], folder: Path) -> None:
+    for file, tensors in pending.items():
+        metadata = {"format": "pt", "flexquant_format_version": FORMAT_VERSION}
+        save_file(tensors, folder / file.name, metadata=metadata)
+    pending.clear()
+
+
+def _output_layer(chosen: dict, written: set[str], config: dict) -> OutputLayer:
+    if "lm_head" in written:
+        return OutputLayer.PLANES
+    if "lm_head" in chosen or config.get("tie_word_embeddings"):
+        return OutputLayer.TIED
+    return OutputLayer.PLAIN
+
+
+def _write_sidecar(folder: Path, model: Path, sources: list[Path]) -> None:
+    def installed(name: str) -> str | None:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return None
+
+    record = {
+        "format_version": FORMAT_VERSION,
+        "files": {f.name: hash_file(f) for f in sorted(folder.glob("*.safetensors"))},
+        "provenance": {
+            "source": model.name,
+            "source_files": {f.name: hash_file(f) for f in sources},
+            "method": "round to nearest",
+            "command": sys.argv,
+            "versions": {
+                "python": platform.python_version(),
+                **{n: installed(n) for n in ("vllm-flexquant", "torch", "safetensors")},
+            },
+        },
+    }
+    (folder / SIDECAR).write_text(json.dumps(record, indent=2))

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the controller meets vLLM's model runners: right before each forward pass.
+
+Both runners have one method that is called with the batch ready and just before the model runs,
+in every execution mode; it is wrapped on the runner's instance.
+"""
+
+from __future__ import annotations
+
+from functools import wraps
+from typing import Any
+
+from vllm_flexquant.config import request_floor
+from vllm_flexquant.runtime.controller import Batch, Controller
+from vllm_flexquant.runtime.sequences import SlotBook
+
+
+def install(runner: Any, controller: Controller) -> None:
+    """Wrap `runner` (V1 `GPUModelRunner` or V2 `v1.worker.gpu` one) around `controller`."""
+    if hasattr(runner, "model_state"):
+        _install_v2(runner, controller)
+    else:
+        _install_v1(runner, controller)
+
+
+def _install_v1(runner: Any, controller: Controller) -> None:
+    """Wrap `_model_forward`, which vLLM documents as the place to override.
+
+    Slots are our own: V1 refills its batch rows as it likes. Dummy and profiling runs do not come
+    through here, so they run at whatever the table holds.
+    """
+    book = SlotBook(runner.max_num_reqs)
+    floors: dict[str, int] = {}
+    model_forward = runner._model_forward
+
+    def announce() -> None:
+        rows = runner.input_batch
+        count = rows.num_reqs
+        ids = rows.req_ids[:count]
+        for ended in book.retain(runner.requests):
+            floors.pop(ended, None)
+        new = book.admit(ids)
+        for request_id in new:
+            params = runner.requests[request_id].sampling_params
+            floors[request_id] = request_floor(params.extra_args if params else None)
+        controller.sequences.forget([book[r] for r in new])
+        computed, prompt = rows.num_computed_tokens_cpu[:count], rows.num_prompt_tokens[:count]
+        controller.before_forward(
+            Batch(
+                request_ids=ids,
+                slots=[book[r] for r in ids],
+                prompt=(computed < prompt).tolist(),
+                discarded=runner.discard_request_mask.np[:count].tolist(),
+                floors=[floors[r] for r in ids],
+            )
+        )
+
+    @wraps(model_forward)
+    def announced_forward(*args: Any, **kwargs: Any) -> Any:
+        announce()
+        return model_forward(*args, **kwargs)
+
+    runner._model_forward = announced_forward
+    # vLLM takes any custom logits processor to need output token ids, which under async scheduling
+    # costs a wait per step (vllm-project/vllm#52461); ours does not, and it goes first in the list
+    if len(runner.vllm_config.model_config.logits_processors or ()) == 1:
+        runner.input_batch.logitsprocs_need_output_token_ids = False
+
+
+def _install_v2(runner: Any, controller: Controller) -> None:
+    """Wrap `model_state.prepare_inputs`, called before every forward in all graph modes.
+
+    Slots are the runner's own, which the logits processor is told of; floors arrive there too.
+    """
+    state = runner.model_state
+    prepare_inputs = state.prepare_inputs
+
+    def announce(batch: Any) -> None:
+        slots = batch.idx_mapping_np[: batch.num_reqs].tolist()
+        known = runner.req_states.req_id_to_index
+        if any(known.get(r) != s for r, s in zip(batch.req_ids, slots, strict=False)):
+            return  # warm-up and capture use requests that the runner does not hold
+        prefilled = batch.num_computed_prefill_tokens_np + batch.num_scheduled_tokens
+        controller.before_forward(
+            Batch(
+                request_ids=list(batch.req_ids),
+                slots=slots,
+                prompt=batch.is_prefilling_np[: batch.num_reqs].tolist(),
+                discarded=(prefilled < batch.prefill_len_np)[: batch.num_reqs].tolist(),
+                floors=[controller.slot_floors.get(s, 0) for s in slots],
+            )
+        )
+
+    @wraps(prepare_inputs)
+    def announced_inputs(input_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        announce(input_batch)
+        return prepare_inputs(input_batch, *args, **kwargs)
+
+    state.prepare_inputs = announced_inputs

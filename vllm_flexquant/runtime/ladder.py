@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ladder: precision tables from cheapest to best.
+
+Until a checkpoint brings sensitivities measured as KL of the model's output, rungs are ordered by
+weight error: from all layers at all bits, each rung lowers the layer whose relative squared error
+grows least per byte saved (greedy; design section 5).
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vllm_flexquant.format.layout import PARENT_BITS
+from vllm_flexquant.runtime.table import LayerRecord, WeightError
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """`widths`: int32 [levels, layers], level 0 the cheapest.
+
+    `bytes_read`: bytes of weights per step at each level. `mean_bits`: mean width over weights.
+    """
+
+    widths: torch.Tensor
+    bytes_read: tuple[int, ...]
+    mean_bits: tuple[float, ...]
+
+    def __len__(self) -> int:
+        return len(self.bytes_read)
+
+
+def build_ladder(
+    layers: Sequence[LayerRecord], errors: Mapping[str, WeightError] | None = None
+) -> Ladder:
+    """Order the precision tables of `layers` by weight error per byte saved.
+
+    Args:
+        layers: this rank's layers.
+        errors: of every layer of the model by name, shards added up, whatever rank they are on
+            (default: those of `layers`). Ranks that pass the same errors get ladders that agree
+            level by level.
+    """
+    if errors is None:
+        errors = {layer.name: layer.error for layer in layers}
+    position = {layer.name: index for index, layer in enumerate(layers)}
+    rung = [layer.layout.widths[-1] for layer in layers]
+    rungs = [list(rung)]
+    for name, width in _lowerings(errors):
+        if name in position:
+            rung[position[name]] = width
+        rungs.append(list(rung))
+    rungs.reverse()
+    return Ladder(
+        widths=torch.tensor(rungs, dtype=torch.int32).reshape(len(rungs), len(layers)),
+        bytes_read=tuple(bytes_read(layers, r) for r in rungs),
+        mean_bits=tuple(mean_bits(layers, r) for r in rungs),
+    )
+
+
+def bytes_read(layers: Sequence[LayerRecord], widths: Sequence[int]) -> int:
+    """Bytes of planes and scales that a step reads."""
+    return sum(layer.bytes_read(w) for layer, w in zip(layers, widths, strict=True))
+
+
+def mean_bits(layers: Sequence[LayerRecord], widths: Sequence[int]) -> float:
+    """Mean width over all weights."""
+    sizes = [layer.rows * layer.columns for layer in layers]
+    return sum(n * w for n, w in zip(sizes, widths, strict=True)) / max(sum(sizes), 1)
+
+
+def _lowerings(errors: Mapping[str, WeightError]) -> list[tuple[str, int]]:
+    """(layer, its next width) in the order of rungs; ties go by name, so that ranks agree."""
+    queue: list[tuple[float, str, int]] = []
+
+    def offer(name: str, width: int) -> None:
+        error = errors[name]
+        if lower := [w for w in error.square_error if w < width]:
+            target = max(lower)
+            growth = error.relative(target) - error.relative(width)
+            saved = error.weights * (width - target) / PARENT_BITS
+            heapq.heappush(queue, (growth / saved, name, target))
+
+    for name, error in errors.items():
+        offer(name, max(error.square_error))
+    order = []
+    while queue:
+        _, name, width = heapq.heappop(queue)
+        order.append((name, width))
+        offer(name, width)
+    return order

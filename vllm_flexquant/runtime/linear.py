@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM linear methods over planes, and the embedding that a quantized output layer is tied to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from flexquant_kernels import ops, pack, reference
+from torch.nn import Parameter
+from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import (
+    LinearMethodBase,
+    register_weight_loader_v2_supported_method,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
+from vllm.model_executor.parameter import GroupQuantScaleParameter, ModelWeightParameter
+
+from vllm_flexquant.format.layout import PARENT_BITS, ScaleMode, choose_group_size
+from vllm_flexquant.quantize.rtn import quantize_rtn
+from vllm_flexquant.runtime.table import LayerRecord, WeightError
+
+if TYPE_CHECKING:
+    from vllm_flexquant.runtime.quant_config import FlexQuantConfig
+
+logger = init_logger(f"vllm.{__name__}")
+
+_SAMPLED_ROWS = 256
+"""Rows per layer from which the weight error at each width is taken."""
+
+
+class FlexLinearMethod(LinearMethodBase):
+    """What both sources of planes share: the end of loading, and the forward pass.
+
+    After loading, a layer has the parameters `plane0`, `plane1`, ... (uint8, as its kernel wants
+    them), `scales` (fp16), and `flexquant_width`, its int32 [1] view of the precision table.
+    """
+
+    def __init__(self, config: FlexQuantConfig, prefix: str) -> None:
+        self.config = config
+        self.prefix = prefix
+        self.layout = config.options.layout
+        self.plane_names = [f"plane{i}" for i in range(len(self.layout.planes))]
+        self.group_size = 0
+        self.tile = 0
+        self.index = -1
+        self.activation_dtype = torch.get_default_dtype()
+
+    def _declare(
+        self, layer: torch.nn.Module, rows: int, columns: int, dtype: torch.dtype
+    ) -> None:
+        layer.flexquant_rows, layer.flexquant_columns = rows, columns
+        self.activation_dtype = dtype
+        # taken here, where layers come in the order of the model, not in that of the files
+        self.index, layer.flexquant_width = self.config.table.reserve()
+
+    def _finish(
+        self, layer: torch.nn.Module, planes: list[torch.Tensor], scales: torch.Tensor
+    ) -> None:
+        """Give the layer its kernel, its entry of the table and its planes.
+
+        Args:
+            planes: in storage form, uint8 [N, K * bits / 8]; the list is emptied on the way, so
+                that no plane exists twice for longer than its own re-laying takes.
+            scales: fp16 [N, K / group_size, S, 2].
+        """
+        rows, columns = layer.flexquant_rows, layer.flexquant_columns
+        choice = ops.dispatch(
+            scales.device.type,
+            self.activation_dtype,
+            columns,
+            rows,
+            self.group_size,
+            self.layout.planes,
+        )
+        self.tile = choice.tile
+        self.config.table.describe(
+            self.index,
+            LayerRecord(
+                name=self.prefix,
+                rows=rows,
+                columns=columns,
+                group_size=self.group_size,
+                layout=self.layout,
+                kernel=choice.name,
+                reason=choice.reason,
+                error=self._weight_error(planes, scales, rows, columns),
+            ),
+        )
+        for name in self.plane_names:
+            plane = planes.pop(0)
+            if self.tile:
+                bits = self.layout.planes[self.plane_names.index(name)]
+                plane = pack.tile_plane(plane, bits, columns, self.tile)
+            _replace(layer, name, plane)
+        _replace(layer, "scales", pack.tile_scales(scales, self.tile) if self.tile else scales)
+
+    def _weight_error(
+        self, planes: list[torch.Tensor], scales: torch.Tensor, rows: int, columns: int
+    ) -> WeightError:
+        count = min(rows, _SAMPLED_ROWS)
+        pick = torch.arange(count, device=scales.device) * rows // count
+        sample, sample_scales = [plane[pick] for plane in planes], scales[pick]
+
+        def at(width: int) -> torch.Tensor:
+            return reference.dequantize(
+                sample,
+                sample_scales,
+                self.layout.planes,
+                width,
+                self.group_size,
+                count,
+                tile=0,
+            )
+
+        best = at(PARENT_BITS)
+        return WeightError(
+            weights=rows * columns,
+            square_norm=float(best.square().sum()),
+            square_error={w: float((at(w) - best).square().sum()) for w in self.layout.widths},
+        )
+
+    def apply(
+        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return torch.ops.flexquant.linear(
+            x,
+            [getattr(layer, name) for name in self.plane_names],
+            layer.scales,
+            layer.flexquant_width,
+            bias,
+            self.layout.planes,
+            self.group_size,
+            layer.flexquant_rows,
+            self.tile,
+        )
+
+
+@register_weight_loader_v2_supported_method
+class OnlineFlexLinearMethod(FlexLinearMethod):
+    """Quantizes an unquantized weight as soon as all of it has been loaded.
+
+    The weight is created on the meta device, so that vLLM's layerwise loading materialises it just
+    in time, layer by layer (`model_loader/reload/layerwise.py`).
+    """
+
+    uses_meta_device = True
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        rows = sum(output_partition_sizes)
+        self._declare(layer, rows, input_size_per_partition, params_dtype)
+        group_size = choose_group_size(
+            input_size_per_partition, self.config.options.group_size
+        )
+        assert group_size is not None, "the config quantizes only layers that have a group size"
+        self.group_size = group_size
+        weight = ModelWeightParameter(
+            data=torch.empty(rows, input_size_per_partition, device="meta", dtype=params_dtype),
+            input_dim=1,
+            output_dim=0,
+            weight_loader=extra_weight_attrs.get("weight_loader"),
+        )
+        layer.register_parameter("weight", weight)
+        initialize_online_processing(layer)
+
+    def tie_weights(
+        self, layer: torch.nn.Module, embed_tokens: torch.nn.Module
+    ) -> torch.nn.Module:
+        """Quantize from the embedding, which itself stays as it is for looking up tokens."""
+        del layer.weight
+        # behind a tuple, or the embedding would become a submodule of the output layer
+        layer.flexquant_tied = (embed_tokens,)
+        return layer
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        if getattr(layer, "_already_called_process_weights_after_loading", False):
+            return
+        layer._already_called_process_weights_after_loading = True
+        tied = getattr(layer, "flexquant_tied", None)
+        weight = tied[0].weight.data if tied else layer.weight.data
+        options = self.config.options
+        codes, scales = quantize_rtn(
+            weight, options.layout, self.group_size, options.scales, name=self.prefix
+        )
+        if not tied:
+            del layer.weight
+        del weight
+        planes = pack.pack_planes(codes, self.layout.planes)
+        del codes
+        self._finish(layer, planes, scales)
+
+
+@register_weight_loader_v2_supported_method
+class StoredFlexLinearMethod(FlexLinearMethod):
+    """Loads the planes of a saved flexquant checkpoint."""
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        rows, columns = sum(output_partition_sizes), input_size_per_partition
+        self._declare(layer, rows, columns, params_dtype)
+        options = self.config.options
+        # the writer knew the whole input dimension, not how it would be sharded
+        group_size = choose_group_size(input_size, options.group_size)
+        if group_size is None or columns % group_size:
+            fitting = choose_group_size(columns)
+            remedy = (
+                f"quantize again with --group-size {fitting}"
+                if fitting
+                else "use fewer tensor-parallel ranks"
+            )
+            raise ValueError(
+                f"{self.prefix}: groups of {group_size} do not divide the {columns} inputs that "
+                f"each of {input_size // columns} tensor-parallel ranks holds; {remedy}"
+            )
+        self.group_size = group_size
+        loader = extra_weight_attrs.get("weight_loader")
+        loaded: set[str] = set()
+        layer.flexquant_loaded = loaded
+        for name, bits in zip(self.plane_names, self.layout.planes, strict=True):
+            data = torch.empty(rows, columns * bits // PARENT_BITS, dtype=torch.uint8)
+            layer.register_parameter(
+                name,
+                ModelWeightParameter(
+                    data=data, input_dim=1, output_dim=0, weight_loader=_noting(loader, name, loaded)
+                ),
+            )
+        sets = len(self.layout.widths) if options.scales is ScaleMode.PER_WIDTH else 1
+        data = torch.empty(rows, columns // group_size, sets, 2, dtype=torch.float16)
+        layer.register_parameter(
+            "scales",
+            GroupQuantScaleParameter(
+                data=data, input_dim=1, output_dim=0, weight_loader=_noting(loader, "scales", loaded)
+            ),
+        )
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        if getattr(layer, "_already_called_process_weights_after_loading", False):
+            return
+        layer._already_called_process_weights_after_loading = True
+        if missing := sorted({*self.plane_names, "scales"} - layer.flexquant_loaded):
+            raise ValueError(
+                f"the checkpoint has no {self.prefix}.{missing[0]}; copy it again or quantize again"
+            )
+        del layer.flexquant_loaded
+        planes = [getattr(layer, name).data for name in self.plane_names]
+        for name in self.plane_names:
+            delattr(layer, name)
+        self._finish(layer, planes, layer.scales.data)
+
+
+class LookupEmbeddingMethod(UnquantizedEmbeddingMethod):
+    """An embedding that is only looked up, because its tied output layer has planes of its own.
+
+    vLLM on CPU would keep a second copy of it, packed for a matrix product that never comes.
+    """
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        pass
+
+
+def _replace(layer: torch.nn.Module, name: str, data: torch.Tensor) -> None:
+    if hasattr(layer, name):
+        delattr(layer, name)
+    layer.register_parameter(name, Parameter(data.contiguous(), requires_grad=False))
+
+
+def _noting(loader: Callable[..., Any], name: str, loaded: set[str]) -> Callable[..., Any]:
+    """`loader`, which also notes that something was loaded for `name`."""
+
+    def noting_loader(*args: Any, **kwargs: Any) -> Any:
+        loaded.add(name)
+        return loader(*args, **kwargs)
+
+    return noting_loader

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is remembered of each running sequence, keyed by request and forgotten when it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+
+class SlotBook:
+    """Gives each running request a slot of the device buffers."""
+
+    def __init__(self, capacity: int) -> None:
+        self._free = list(range(capacity - 1, -1, -1))
+        self._slots: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._slots
+
+    def __getitem__(self, request_id: str) -> int:
+        return self._slots[request_id]
+
+    def admit(self, request_ids: Iterable[str]) -> list[str]:
+        """Give a slot to each request that has none; returns those."""
+        new = [r for r in request_ids if r not in self._slots]
+        for request_id in new:
+            self._slots[request_id] = self._free.pop()
+        return new
+
+    def retain(self, running: Sequence[str] | dict | set) -> list[str]:
+        """Take back the slots of requests that are not in `running`; returns those."""
+        ended = [r for r in self._slots if r not in running]
+        for request_id in ended:
+            self._free.append(self._slots.pop(request_id))
+        return ended
+
+
+class SequenceEntropy:
+    """Moving average of the entropy of each sequence's logits.
+
+    average: fp32 [slots + 1] nats; seen: bool [slots + 1]. The last slot takes rows that count for
+    no sequence (prompt chunks whose token is discarded).
+    """
+
+    def __init__(self, slots: int, device: torch.device) -> None:
+        self.average = torch.zeros(slots + 1, dtype=torch.float32, device=device)
+        self.seen = torch.zeros(slots + 1, dtype=torch.bool, device=device)
+
+    @property
+    def discard(self) -> int:
+        """The slot of rows that count for no sequence."""
+        return len(self.average) - 1
+
+    def forget(self, slots: Sequence[int]) -> None:
+        """Start anew in `slots`, which new sequences take."""
+        if slots:
+            index = torch.tensor(slots, dtype=torch.long).to(self.seen.device, non_blocking=True)
+            self.seen.index_fill_(0, index, False)
+
+    def update(self, entropy: torch.Tensor, slots: torch.Tensor, decay: float) -> None:
+        """Take in the entropies of a step.
+
+        Args:
+            entropy: fp32 [rows] nats.
+            slots: int64 [rows]. A sequence with several rows (drafted tokens) counts its largest.
+            decay: weight of the past; NaN in the past or the present is not averaged away but
+                replaced by the present.
+        """
+        newest = torch.full_like(self.average, -torch.inf)
+        newest.scatter_reduce_(0, slots, entropy, "amax")
+        hit = newest != -torch.inf
+        mixed = decay * self.average + (1 - decay) * newest
+        keep = self.seen & torch.isfinite(self.average) & torch.isfinite(newest)
+        self.average.copy_(torch.where(hit, torch.where(keep, mixed, newest), self.average))
+        self.seen |= hit

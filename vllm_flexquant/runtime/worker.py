@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Worker classes: vLLM's own, with the controller set up around them and reachable by RPC."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from flexquant_kernels import ops
+from vllm.distributed import get_world_group
+from vllm.logger import init_logger
+
+from vllm_flexquant.format.layout import PARENT_BITS
+from vllm_flexquant.runtime import hooks
+from vllm_flexquant.runtime.quant_config import FlexQuantConfig
+from vllm_flexquant.runtime.table import WeightError
+
+logger = init_logger(f"vllm.{__name__}")
+
+_BASES = {
+    "FlexCPUWorker": ("vllm.v1.worker.cpu_worker", "CPUWorker"),
+    "FlexGPUWorker": ("vllm.v1.worker.gpu_worker", "Worker"),
+}
+
+WORKERS = {
+    f"{module}.{base}": f"{__name__}.{flex}" for flex, (module, base) in _BASES.items()
+}
+"""vLLM's worker classes by qualified name, and what takes their place."""
+
+
+class FlexWorkerMixin:
+    """To be put before a vLLM worker class.
+
+    Methods that begin with `flexquant_` are called through `collective_rpc`.
+    """
+
+    vllm_config: Any
+    model_runner: Any
+    device: torch.device
+
+    @property
+    def _config(self) -> FlexQuantConfig:
+        return self.vllm_config.quant_config
+
+    def init_device(self) -> None:
+        super().init_device()  # type: ignore[misc]
+        # outside of load_model, whose allocations sleep mode may discard
+        slots = self.vllm_config.scheduler_config.max_num_seqs
+        self._config.controller.allocate(self.device, slots)
+
+    def load_model(self, **kwargs: Any) -> None:
+        if self.device.type == "cpu":
+            ops.load_native()
+        super().load_model(**kwargs)  # type: ignore[misc]
+        controller = self._config.controller
+        assert controller.table is not None
+        for line in self._config.left_alone:
+            logger.info("flexquant: unquantized %s", line)
+        errors = _errors_of_all_ranks(controller.table.layers)
+        if not errors:
+            raise ValueError(
+                f"flexquant found no layer that it can quantize in {self._config.model}: "
+                f"{'; '.join(self._config.left_alone) or 'it has no linear layers'}; "
+                "serve it without --quantization flexquant"
+            )
+        controller.start(errors)
+        hooks.install(self.model_runner, controller)
+        self._announce()
+
+    def _announce(self) -> None:
+        status = self.flexquant_status()
+        options, layers = status["options"], status["layers"]
+        kernels = sorted({layer["kernel"] for layer in layers})
+        stored = sum(layer.bytes_read(PARENT_BITS) for layer in self._config.table.layers)
+        logger.info(
+            "flexquant: %d layers in planes %s, %.1f MB per step at all bits (%.1f MB at the "
+            "lowest), %d levels, ladder by %s; policy %s, prefill %s, bounds %d to %d bits; kernel "
+            "%s: %s",
+            len(layers),
+            options["layout"],
+            stored / 1e6,
+            status["ladder"]["bytes_read_per_step"][0] / 1e6,
+            status["levels"],
+            status["ladder"]["source"],
+            options["policy"],
+            options["prefill"],
+            options["min_bits"],
+            options["max_bits"],
+            ", ".join(kernels),
+            layers[0]["why"] if layers else "no layer on this rank",
+        )
+
+    # ---- RPC
+
+    def flexquant_status(self) -> dict[str, Any]:
+        """As `Controller.status`, with what was left unquantized."""
+        return self._config.controller.status() | {"unquantized": self._config.left_alone}
+
+    def flexquant_update(self, changes: dict[str, Any]) -> str:
+        """Change the policy; returns the reason if it was refused, else an empty text.
+
+        All ranks hold the same ladder and options, so they all refuse or none does.
+        """
+        try:
+            self._config.controller.update(changes)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    def flexquant_trace(self, clear: bool = False) -> list[dict[str, Any]]:
+        """As `Controller.trace`."""
+        return self._config.controller.trace(clear)
+
+
+def _errors_of_all_ranks(layers: list) -> dict[str, WeightError]:
+    """Weight errors of every layer of the model, shards added up, the same on every rank."""
+    own = [(layer.name, layer.error) for layer in layers]
+    group = get_world_group()
+    shares: list[Any] = [None] * group.world_size
+    if group.world_size > 1:
+        torch.distributed.all_gather_object(shares, own, group=group.cpu_group)
+    else:
+        shares = [own]
+    errors: dict[str, WeightError] = {}
+    for share in shares:
+        for name, error in share:
+            errors[name] = errors[name] + error if name in errors else error
+    return errors
+
+
+def __getattr__(name: str) -> type:
+    """`FlexCPUWorker` and `FlexGPUWorker`, each importing only its own platform's worker."""
+    if name not in _BASES:
+        raise AttributeError(name)
+    module, base = _BASES[name]
+    worker = getattr(__import__(module, fromlist=[base]), base)
+    globals()[name] = type(name, (FlexWorkerMixin, worker), {"__module__": __name__})
+    return globals()[name]

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`GET` and `POST /v1/flexquant`, covered by vLLM's `--api-key` as all paths under `/v1`."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from pydantic import ValidationError
+
+from vllm_flexquant.config import METHOD, PolicyUpdate, describe
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from starlette.datastructures import State
+    from vllm.engine.protocol import EngineClient
+
+PATH = f"/v1/{METHOD}"
+
+
+class FlexQuantEndpoint:
+    """vLLM's `EndpointPlugin` protocol."""
+
+    name = METHOD
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        app.add_api_route(PATH, self.show, methods=["GET"])
+        app.add_api_route(PATH, self.change, methods=["POST"])
+
+    async def init_state(
+        self, engine_client: EngineClient | None, state: State, args: Namespace
+    ) -> None:
+        state.flexquant_engine = engine_client
+
+    async def show(self, request: Request) -> JSONResponse:
+        """Policy, widths now, entropies and the table of layers; `?trace=1` adds recorded steps."""
+        engine = _engine(request)
+        if engine is None:
+            return _refusal(404, "this server does not run a flexquant model")
+        ranks = await engine.collective_rpc("flexquant_status")
+        view = _merge(ranks)
+        if request.query_params.get("trace") == "1":
+            view["trace"] = (await engine.collective_rpc("flexquant_trace"))[-1]
+        return JSONResponse(view)
+
+    async def change(self, request: Request) -> JSONResponse:
+        """Change the policy; answers as `GET` does, or 400 with nothing changed."""
+        engine = _engine(request)
+        if engine is None:
+            return _refusal(404, "this server does not run a flexquant model")
+        try:
+            body = json.loads(await request.body())
+        except ValueError:
+            return _refusal(400, "the body is not valid JSON")
+        if not isinstance(body, dict):
+            return _refusal(400, f"the body is {body!r}; give an object, as in {{\"width\": 6}}")
+        try:
+            PolicyUpdate.model_validate(body)
+        except ValidationError as error:
+            return _refusal(400, _explain(error))
+        reasons = await engine.collective_rpc("flexquant_update", args=(body,))
+        if reason := next((r for r in reasons if r), ""):
+            return _refusal(400, reason)
+        return await self.show(request)
+
+
+def _engine(request: Request) -> Any:
+    """The engine client, if it serves a flexquant model."""
+    engine = getattr(request.app.state, "flexquant_engine", None)
+    if engine is None or engine.model_config.quantization != METHOD:
+        return None
+    return engine
+
+
+def _explain(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    if problem["type"] == "extra_forbidden":
+        known = ", ".join(PolicyUpdate.model_fields)
+        return f"unknown option '{problem['loc'][0]}'; options that can be changed are {known}"
+    return describe(error)
+
+
+def _refusal(status: int, message: str) -> JSONResponse:
+    error = {"message": message, "type": "BadRequestError", "param": None, "code": status}
+    return JSONResponse({"error": error}, status_code=status)
+
+
+def _merge(ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """One view of all ranks: the layers of all pipeline stages, entropies of the one that sees
+    logits; tensor-parallel ranks hold shards of the same layers."""
+    last = dict(ranks[-1])
+    layers: dict[str, dict[str, Any]] = {}
+    for rank in ranks:
+        for layer in rank["layers"]:
+            layers.setdefault(layer["name"], layer)
+    last["layers"] = list(layers.values())
+    last["ranks"] = len(ranks)
+    weights = [layer["shape"][0] * layer["shape"][1] for layer in last["layers"]]
+    widths = [layer["width"] for layer in last["layers"]]
+    total = sum(n * w for n, w in zip(weights, widths, strict=True))
+    last["mean_bits"] = total / max(sum(weights), 1)
+    last["bytes_read_per_step"] = sum(rank["bytes_read_per_step"] for rank in ranks)
+    return last
