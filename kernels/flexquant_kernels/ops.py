@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``flexquant::`` operators: schemas, fakes, plain-torch implementation and the choice of kernel.
+
+The plain-torch reference is registered under CompositeExplicitAutograd, so every device has an
+implementation. ``load_native`` adds the CPU key from C++, which then takes precedence on CPU
+tensors and hands what it does not cover (tile 0, other layouts) to
+``flexquant::linear_reference``.
+
+Importing this module registers the operators and does nothing else: it neither builds nor loads.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from . import reference
+from .cpu import build as cpu_build
+from .pack import GROUP_SIZES, K_MULTIPLE, TILE, check_layout, clamp_width
+
+logger = logging.getLogger("vllm_flexquant.kernels")
+
+NAMESPACE = "flexquant"
+NATIVE_LAYOUTS: frozenset[tuple[int, ...]] = frozenset({(4, 2, 2), (2, 2, 4), (2, 1, 1, 2, 2)})
+NATIVE_DTYPES: frozenset[torch.dtype] = frozenset({torch.float32, torch.bfloat16, torch.float16})
+
+_LINEAR_SIGNATURE = (
+    "(Tensor x, Tensor[] planes, Tensor scales, Tensor width, Tensor? bias, int[] layout, "
+    "int group_size, int out_features, int tile) -> Tensor"
+)
+_SCHEMAS = {
+    "linear": _LINEAR_SIGNATURE,
+    "linear_reference": _LINEAR_SIGNATURE,
+    "entropy": "(Tensor logits) -> Tensor",
+}
+
+
+def _linear(
+    x: torch.Tensor,
+    planes: Sequence[torch.Tensor],
+    scales: torch.Tensor,
+    width: torch.Tensor,
+    bias: torch.Tensor | None,
+    layout: Sequence[int],
+    group_size: int,
+    out_features: int,
+    tile: int,
+) -> torch.Tensor:
+    bits = clamp_width(layout, int(width.item()))
+    return reference.linear(x, planes, scales, bits, bias, layout, group_size, out_features, tile)
+
+
+def _linear_fake(
+    x: torch.Tensor,
+    planes: Sequence[torch.Tensor],
+    scales: torch.Tensor,
+    width: torch.Tensor,
+    bias: torch.Tensor | None,
+    layout: Sequence[int],
+    group_size: int,
+    out_features: int,
+    tile: int,
+) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _entropy_fake(logits: torch.Tensor) -> torch.Tensor:
+    return logits.new_empty((logits.shape[0],), dtype=torch.float32)
+
+
+_IMPLEMENTATIONS: dict[str, tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]] = {
+    "linear": (_linear, _linear_fake),
+    "linear_reference": (_linear, _linear_fake),
+    "entropy": (reference.entropy, _entropy_fake),
+}
+
+
+def _is_defined(name: str) -> bool:
+    return hasattr(getattr(torch.ops, NAMESPACE), name)
+
+
+def _register() -> None:
+    """Define what is not yet defined, so that a second import of the package changes nothing."""
+    namespace = getattr(torch.ops, NAMESPACE)
+    missing = [name for name in _SCHEMAS if not _is_defined(name)]
+    if not missing:
+        return
+    library = torch.library.Library(NAMESPACE, "FRAGMENT")
+    for name in missing:
+        implementation, fake = _IMPLEMENTATIONS[name]
+        library.define(name + _SCHEMAS[name], tags=(torch.Tag.pt2_compliant_tag,))
+        library.impl(name, implementation, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
+    # A Library unregisters its operators when it is collected. The namespace outlives this module,
+    # which may be imported again after a removal from sys.modules.
+    namespace.python_registration = library
+
+
+_register()
+
+
+@dataclass(frozen=True)
+class NativeStatus:
+    """Outcome of ``load_native``; ``reason`` is a sentence for the operator in both cases."""
+
+    loaded: bool
+    reason: str
+    isa: str = "none"
+    path: str | None = None
+
+
+@dataclass(frozen=True)
+class KernelChoice:
+    """Kernel of one layer, the form its planes must have (tile 0 or 16) and why."""
+
+    name: str
+    tile: int
+    reason: str
+
+
+_lock = threading.Lock()
+_status: NativeStatus | None = None
+_warned = False
+
+
+def native_status() -> NativeStatus:
+    """What the last ``load_native`` found, without building or loading anything."""
+    return _status or NativeStatus(
+        False, "the native CPU kernels have not been loaded yet: call load_native()"
+    )
+
+
+def load_native(build: bool = True) -> NativeStatus:
+    """Load the native CPU kernels, built first unless cached (``build=False``: never build).
+
+    A failure leaves the reference path in place and is warned about once. The outcome is kept for
+    the process, except that a failure under ``build=False`` is tried again by a call that may
+    build.
+    """
+    global _status, _warned
+    with _lock:
+        if _status is not None and (_status.loaded or not build or _warned):
+            return _status
+        try:
+            path, isa = cpu_build.load(build=build)
+        except cpu_build.NativeUnavailableError as error:
+            _status = NativeStatus(False, str(error))
+            if build and not _warned:
+                _warned = True
+                logger.warning(
+                    "flexquant runs on its plain-torch reference path, because %s: every layer is "
+                    "dequantized at every step; expect 10-50x slower.",
+                    error,
+                )
+        else:
+            _status = NativeStatus(True, f"the native {isa} kernels are loaded", isa, str(path))
+        return _status
+
+
+def dispatch(
+    device_type: str, dtype: torch.dtype, k: int, n: int, group_size: int, layout: Sequence[int]
+) -> KernelChoice:
+    """Kernel for one linear layer [n, k]; never builds: call ``load_native`` first."""
+    layout = check_layout(layout)
+    status = native_status()
+    if device_type != "cpu":
+        reason = (
+            f"device type {device_type} has no native kernel; the plain-torch reference is used"
+        )
+    elif not status.loaded:
+        reason = f"the plain-torch reference is used because {status.reason}"
+    elif layout not in NATIVE_LAYOUTS:
+        reason = (
+            f"layout {layout} has no native kernel; those with one are {sorted(NATIVE_LAYOUTS)}"
+        )
+    elif dtype not in NATIVE_DTYPES:
+        reason = f"dtype {dtype} has no native kernel; use bfloat16, float16 or float32"
+    elif k <= 0 or n <= 0 or k % K_MULTIPLE:
+        reason = (
+            f"shape [{n}, {k}] does not fit the native kernel, "
+            f"which needs k in multiples of {K_MULTIPLE}"
+        )
+    elif group_size not in GROUP_SIZES or k % group_size:
+        reason = (
+            f"group size {group_size} does not fit the native kernel, "
+            f"which takes {GROUP_SIZES} dividing k = {k}"
+        )
+    else:
+        return KernelChoice(
+            "cpu_avx512_vnni",
+            TILE,
+            f"{status.isa} on {dtype}, [{n}, {k}], groups of {group_size}, layout {layout}",
+        )
+    return KernelChoice("reference", 0, reason)

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures for the kernel tests: nested weights, the native library, poisoned memory."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from flexquant_kernels import (
+    layout_widths,
+    load_native,
+    pack_planes,
+    tile_plane,
+    tile_scales,
+)
+
+LAYOUTS = [(4, 2, 2), (2, 2, 4), (2, 1, 1, 2, 2)]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One weight in both forms. ``scales`` is fp16 [N, K/g, S, 2]."""
+
+    codes: torch.Tensor
+    planes: list[torch.Tensor]
+    scales: torch.Tensor
+    tiled: list[torch.Tensor]
+    tiled_scales: torch.Tensor
+    layout: tuple[int, ...]
+    group_size: int
+
+    @property
+    def n(self) -> int:
+        return self.codes.shape[0]
+
+    @property
+    def k(self) -> int:
+        return self.codes.shape[1]
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return layout_widths(self.layout)
+
+    def storage_args(self, bias: torch.Tensor | None = None) -> dict[str, object]:
+        """Keyword arguments of the reference functions, less x and width."""
+        return {
+            "planes": self.planes,
+            "scales": self.scales,
+            "bias": bias,
+            "layout": self.layout,
+            "group_size": self.group_size,
+            "out_features": self.n,
+        }
+
+    def op(
+        self, x: torch.Tensor, width: int | torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """flexquant::linear on the tiled form."""
+        if isinstance(width, int):
+            width = torch.tensor([width], dtype=torch.int32)
+        return torch.ops.flexquant.linear(
+            x, self.tiled, self.tiled_scales, width, bias, self.layout, self.group_size, self.n, 16
+        )
+
+
+def _make_weight(
+    n: int,
+    k: int,
+    group_size: int = 32,
+    layout: tuple[int, ...] = (4, 2, 2),
+    shared: bool = False,
+    seed: int = 0,
+) -> Weight:
+    """Uniform codes over about +-2; scales differ a little per width, as refitted ones do."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 256, (n, k), dtype=torch.uint8, generator=generator)
+    planes = pack_planes(codes, layout)
+    base = torch.rand(n, k // group_size, 1, generator=generator) * 0.01 + 0.01
+    steps = torch.tensor([1.0] if shared else [2.0 ** (8 - b) for b in layout_widths(layout)])
+    jitter = 1 + 0.05 * torch.rand(n, k // group_size, len(steps), generator=generator)
+    scale = base * steps * jitter
+    offset = base * ((steps - 1) / 2 - 127.5) * jitter
+    scales = torch.stack([scale, offset], dim=-1).half()
+    tiled = [tile_plane(p, w, k) for p, w in zip(planes, layout, strict=True)]
+    return Weight(codes, planes, scales, tiled, tile_scales(scales), layout, group_size)
+
+
+@pytest.fixture(scope="session")
+def make_weight() -> Callable[..., Weight]:
+    return _make_weight
+
+
+@pytest.fixture(scope="session")
+def native() -> str:
+    """Path of the native library; skips the test where the machine cannot have it."""
+    status = load_native()
+    if not status.loaded:
+        pytest.skip(f"native kernels not available: {status.reason}")
+    assert status.path is not None
+    return status.path
+
+
+@pytest.fixture
+def poisoned_empty() -> Iterator[None]:
+    """Every torch.empty, also from C++, is filled with NaN (floats) or the largest integer."""
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+    )
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(64).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """torch.set_num_threads, undone after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
