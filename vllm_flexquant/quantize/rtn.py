@@ -9,7 +9,7 @@ import torch
 
 from vllm_flexquant.format.layout import PARENT_BITS, PlaneLayout, ScaleMode
 
-_CHUNK_ELEMENTS = 1 << 22
+_CHUNK_ELEMENTS = 1 << 18
 """Weights held in fp32 at a time, so that quantizing costs little beside the weight itself."""
 
 _SMALLEST_SCALE = 2.0**-24

@@ -17,7 +17,7 @@ import torch
 from vllm_flexquant.config import FlexQuantOptions, PolicyUpdate
 from vllm_flexquant.runtime.ladder import Ladder, build_ladder, bytes_read, mean_bits
 from vllm_flexquant.runtime.policy import Decision, StepSignals, make_policy
-from vllm_flexquant.runtime.sequences import SequenceEntropy
+from vllm_flexquant.runtime.sequences import SequenceEntropy, SlotBook
 from vllm_flexquant.runtime.table import PrecisionTable, WeightError
 
 
@@ -57,7 +57,10 @@ class Controller:
         self.options = options
         self.table: PrecisionTable | None = None
         self.steps = 0
+        self.requests: SlotBook | None = None
+        """Whose state is held, where the slots are ours (V1 runner)."""
         self.slot_floors: dict[int, int] = {}
+        """Lowest width in bits that the request in each slot asked for."""
         self._floor_in_force = 0
         self._batch: Batch | None = None
         self._trace: deque[StepRecord] = deque(maxlen=options.trace_steps)
@@ -97,6 +100,9 @@ class Controller:
     def _adopt(self, options: FlexQuantOptions) -> None:
         self.policy = make_policy(options, len(self.ladder))
         self.options = options
+        if self._pinned:
+            nothing = self.sequences.seen[:0]
+            self.last = self.policy.decide(StepSignals(nothing.float(), nothing), self.last)
 
     # ---- the step
 
@@ -168,8 +174,8 @@ class Controller:
             ValueError: a bad value; nothing is changed.
         """
         self._adopt(PolicyUpdate.model_validate(changes).apply(self.options))
-        if self._floor_in_force == 0:
-            self._write(self._bounded(self._rungs.index_select(0, self.last.level)[0], 0))
+        rung = self._rungs.index_select(0, self.last.level)[0]
+        self._write(self._bounded(rung, self._floor_in_force))
 
     def status(self) -> dict[str, Any]:
         """What is in force now, as plain values (syncs a GPU)."""

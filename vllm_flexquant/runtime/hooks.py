@@ -29,29 +29,29 @@ def _install_v1(runner: Any, controller: Controller) -> None:
     Slots are our own: V1 refills its batch rows as it likes. Dummy and profiling runs do not come
     through here, so they run at whatever the table holds.
     """
-    book = SlotBook(runner.max_num_reqs)
-    floors: dict[str, int] = {}
+    book = controller.requests = SlotBook(runner.max_num_reqs)
+    floors = controller.slot_floors
     model_forward = runner._model_forward
 
     def announce() -> None:
         rows = runner.input_batch
         count = rows.num_reqs
         ids = rows.req_ids[:count]
-        for ended in book.retain(runner.requests):
-            floors.pop(ended, None)
+        book.retain(runner.requests)
         new = book.admit(ids)
         for request_id in new:
             params = runner.requests[request_id].sampling_params
-            floors[request_id] = request_floor(params.extra_args if params else None)
+            floors[book[request_id]] = request_floor(params.extra_args if params else None)
         controller.sequences.forget([book[r] for r in new])
+        slots = [book[r] for r in ids]
         computed, prompt = rows.num_computed_tokens_cpu[:count], rows.num_prompt_tokens[:count]
         controller.before_forward(
             Batch(
                 request_ids=ids,
-                slots=[book[r] for r in ids],
+                slots=slots,
                 prompt=(computed < prompt).tolist(),
                 discarded=runner.discard_request_mask.np[:count].tolist(),
-                floors=[floors[r] for r in ids],
+                floors=[floors[s] for s in slots],
             )
         )
 

@@ -20,6 +20,7 @@ from vllm.model_executor.parameter import GroupQuantScaleParameter, ModelWeightP
 
 from vllm_flexquant.format.layout import PARENT_BITS, ScaleMode, choose_group_size
 from vllm_flexquant.quantize.rtn import quantize_rtn
+from vllm_flexquant.runtime.heap import trim_heap
 from vllm_flexquant.runtime.table import LayerRecord, WeightError
 
 if TYPE_CHECKING:
@@ -199,6 +200,7 @@ class OnlineFlexLinearMethod(FlexLinearMethod):
         planes = pack.pack_planes(codes, self.layout.planes)
         del codes
         self._finish(layer, planes, scales)
+        trim_heap()
 
 
 @register_weight_loader_v2_supported_method

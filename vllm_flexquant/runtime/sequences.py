@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 
 import torch
 
@@ -21,6 +21,9 @@ class SlotBook:
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._slots
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._slots)
+
     def __getitem__(self, request_id: str) -> int:
         return self._slots[request_id]
 
@@ -31,7 +34,7 @@ class SlotBook:
             self._slots[request_id] = self._free.pop()
         return new
 
-    def retain(self, running: Sequence[str] | dict | set) -> list[str]:
+    def retain(self, running: Container[str]) -> list[str]:
         """Take back the slots of requests that are not in `running`; returns those."""
         ended = [r for r in self._slots if r not in running]
         for request_id in ended:

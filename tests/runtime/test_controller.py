@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import torch
+from flexquant_kernels import reference
+
+from vllm_flexquant.config import FlexQuantOptions
+from vllm_flexquant.format import PlaneLayout
+from vllm_flexquant.runtime.controller import Batch, Controller
+from vllm_flexquant.runtime.table import LayerRecord, WeightError
+
+LAYERS = 5
+
+
+def controller(**options):
+    made = Controller(FlexQuantOptions(**options))
+    made.allocate(torch.device("cpu"), slots=8)
+    layout = made.options.layout
+    for i in range(LAYERS):
+        index, _ = made.table.reserve()
+        errors = {w: (8 - w) * (i + 1.0) for w in layout.widths}
+        made.table.describe(
+            index,
+            LayerRecord(
+                f"layer{i}", 32, 64, 64, layout, "reference", "test", WeightError(2048, 1.0, errors)
+            ),
+        )
+    made.start()
+    return made
+
+
+def batch(ids="a", prompt=None, discarded=None, floors=None):
+    n = len(ids)
+    return Batch(
+        list(ids),
+        [ord(i) - ord("a") for i in ids],
+        prompt or [False] * n,
+        discarded or [False] * n,
+        floors or [0] * n,
+    )
+
+
+def logits(*temperatures):
+    """Rows whose entropy grows with the temperature."""
+    row = torch.linspace(0, 20, 50)
+    return torch.stack([row / t for t in temperatures])
+
+
+def widths(made):
+    return made.table.widths.tolist()
+
+
+def test_entropy_of_one_step_sets_the_widths_of_the_next():
+    made = controller(hysteresis=0.0, entropy_decay=0.0)
+    made.before_forward(batch("a", prompt=[True]))
+    assert widths(made) == [8] * LAYERS
+    rows = logits(1.0)
+    made.after_logits(rows)
+    assert widths(made) == [8] * LAYERS  # the running step keeps what it started with
+    made.before_forward(batch("a"))
+    nats = float(reference.entropy(rows)[0])
+    top = len(made.ladder) - 1
+    options = made.options
+    share = (nats - options.entropy_low) / (options.entropy_high - options.entropy_low)
+    expected = round(min(max(share, 0), 1) * top)
+    assert 0 < expected < top
+    assert widths(made) == made.ladder.widths[expected].tolist()
+
+
+def test_prompt_tokens_run_at_all_bits_unless_the_policy_rules_them():
+    for prefill, expected in (("full", 8), ("policy", 4)):
+        made = controller(prefill=prefill, entropy_decay=0.0)
+        made.before_forward(batch("a", prompt=[True]))
+        made.after_logits(torch.tensor([[50.0, 0.0]]))
+        made.before_forward(batch("ab", prompt=[False, True]))
+        assert widths(made) == [expected] * LAYERS
+
+
+def test_prompt_chunks_that_are_not_the_last_teach_nothing():
+    made = controller()
+    made.before_forward(batch("a", prompt=[True], discarded=[True]))
+    made.after_logits(logits(1.0))
+    assert not made.sequences.seen[:8].any()
+
+
+def test_pins_bounds_and_floors():
+    made = controller()
+    made.update({"width": 4})
+    assert widths(made) == [4] * LAYERS
+    made.before_forward(batch("ab", floors=[0, 6]))
+    assert widths(made) == [6] * LAYERS  # a floor that was promised wins over the pin
+    made.before_forward(batch("a"))
+    assert widths(made) == [4] * LAYERS
+    made.before_forward(batch("a", floors=[5]))
+    assert widths(made) == [6] * LAYERS  # the next width of the layout
+    made.update({"policy": "entropy", "min_bits": 5, "max_bits": 7})
+    made.after_logits(torch.tensor([[50.0, 0.0]]))
+    made.before_forward(batch("a"))
+    assert widths(made) == [6] * LAYERS
+
+
+def test_a_refused_update_changes_nothing():
+    made = controller()
+    before = (made.options, widths(made))
+    for bad in ({"level": 10_000}, {"width": 5}, {"min_bits": 8, "max_bits": 4}):
+        with pytest.raises(ValueError, match=r"level|width|min_bits"):
+            made.update(bad)
+    assert (made.options, widths(made)) == before
+
+
+def test_status_and_trace_are_plain_values():
+    import json
+
+    made = controller(trace_steps=2)
+    for step in range(4):
+        made.before_forward(batch("ab", prompt=[step == 0] * 2))
+        made.after_logits(logits(1.0, 3.0))
+    status = json.loads(json.dumps(made.status()))
+    assert status["steps"] == 4
+    assert set(status["entropy_nats"]) == {"a", "b"}
+    assert status["mean_bits"] == sum(widths(made)) / LAYERS
+    assert [layer["name"] for layer in status["layers"]] == [f"layer{i}" for i in range(LAYERS)]
+    trace = json.loads(json.dumps(made.trace()))
+    assert [record["step"] for record in trace] == [2, 3]
+    assert trace[1]["widths"] == widths(made)
+    assert trace[0]["entropy"] == pytest.approx(reference.entropy(logits(1.0, 3.0)).tolist())
+
+
+def test_table_addresses_never_change():
+    made = controller()
+    view, address = made.table.tensor[2:3], made.table.tensor.data_ptr()
+    made.update({"width": 4})
+    made.before_forward(batch("a"))
+    assert made.table.tensor.data_ptr() == address
+    assert view.item() == 4
+
+
+@pytest.mark.parametrize("layout", ["2|2|4", "2|1|1|2|2"])
+def test_other_layouts(layout):
+    made = controller(layout=PlaneLayout.parse(layout))
+    made.update({"level": 0})
+    assert widths(made) == [2] * LAYERS
