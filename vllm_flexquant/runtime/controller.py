@@ -84,6 +84,8 @@ class Controller:
         Args:
             errors: as `build_ladder`.
         """
+        from flexquant_kernels import ops  # noqa: F401 - registers the operators
+
         assert self.table is not None
         self.ladder: Ladder = build_ladder(self.table.layers, errors)
         self._rungs = self.ladder.widths.to(self.device)

@@ -44,6 +44,11 @@ class FlexWorkerMixin:
 
     def init_device(self) -> None:
         super().init_device()  # type: ignore[misc]
+        if self.device.type == "cpu" and torch.cpu._is_amx_tile_supported():
+            # Linux wants to be asked before a process uses AMX tiles. vLLM's CPU attention (0.32)
+            # uses them without asking and relies on oneDNN, which asks at its first matrix product;
+            # with all linear layers in planes there is none, and attention would die of SIGILL.
+            torch.cpu._init_amx()
         # outside of load_model, whose allocations sleep mode may discard
         slots = self.vllm_config.scheduler_config.max_num_seqs
         self._config.controller.allocate(self.device, slots)

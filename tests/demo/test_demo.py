@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from benchmarks.provenance import package_versions
+from demo import live, report, server
+from demo.prompts import PROMPTS
+
+STATUS = {
+    "options": {"policy": "entropy"},
+    "steps": 7,
+    "level": 3,
+    "levels": 10,
+    "mean_bits": 5.25,
+    "bytes_read_per_step": 90_000_000,
+    "entropy_nats": {"r1": 1.0, "r2": 2.0},
+    "layers": [{"width": 4}, {"width": 6}, {"width": 8}],
+}
+
+
+def row(speed: float, kl: float) -> dict:
+    steps = {"mean_bits": 6.0, "bytes_per_step": 1e8}
+    text = {"kl": kl, "kl_standard_error": kl / 10, "top1": 0.9}
+    chat = {"tokens_per_second": speed}
+    return {"chat": chat, "chat_steps": steps, "text": text, "text_steps": steps}
+
+
+def printed(what) -> str:
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(what)
+    return console.export_text()
+
+
+def test_prompts_are_a_dozen_different_ones():
+    assert len(set(PROMPTS)) == 12
+
+
+def test_live_view_shows_status_and_answer():
+    text = printed(live.view("entropy", STATUS, "first\nlast line"))
+    for part in ("5.25 bits", "90 MB", "1.50 nats", "2 requests", "level   3 of 9", "468", "last"):
+        assert part in text
+
+
+def test_live_view_of_an_idle_server():
+    text = printed(live.view("x", STATUS | {"entropy_nats": {}, "levels": 1, "level": 0}, ""))
+    assert "0 requests" in text
+
+
+def test_table_has_ratios_and_fits_a_terminal():
+    rows = report.with_ratios({"bf16": row(100, 0.001), "static 8": row(150, 0.0123)})
+    assert rows["static 8"]["speed_to_bf16"] == 1.5
+    text = printed(report.table(rows))
+    assert "1.50 x" in text
+    assert "0.0123 ± 0.0012" in text
+    assert "…" not in text
+
+
+def test_remarks_name_the_reference():
+    assert "dequantized GGUF" in report.notes(True, 9, 3, [])
+    plain = report.notes(False, 9, 3, ["amx_bf16"])
+    assert "GGUF" not in plain
+    assert "AMX" in plain
+    assert "without calibration" in plain
+
+
+@pytest.fixture
+def fake_server(tmp_path, monkeypatch):
+    """A VllmServer whose command is a Python program."""
+
+    def make(code: str) -> server.VllmServer:
+        monkeypatch.setattr(server, "find_vllm", lambda: Path("unused"))
+        made = server.VllmServer("m", (), {}, tmp_path / "log" / "server.log")
+        made.command = [sys.executable, "-u", "-c", code, str(made.port)]
+        return made
+
+    return make
+
+
+LISTEN = """
+import http.server, subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print(child.pid, flush=True)
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.end_headers()
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    stat = Path(f"/proc/{pid}/stat")
+    return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_server_goes_with_its_children(fake_server):
+    running = fake_server(LISTEN)
+    running.start()
+    child = int(running.log.read_text().split()[0])
+    assert alive(child)
+    with pytest.raises(KeyboardInterrupt), running:
+        raise KeyboardInterrupt
+    for _ in range(50):
+        if not alive(child):
+            break
+        time.sleep(0.1)
+    assert not alive(child)
+
+
+def test_server_that_ignores_the_kind_signal_is_killed(fake_server, monkeypatch):
+    monkeypatch.setattr(server, "STOP_SECONDS", 0.5)
+    ignoring = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+    running = fake_server(ignoring + LISTEN)
+    running.start()
+    process = running._process
+    running.stop()
+    assert process is not None
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_server_that_dies_shows_its_last_lines(fake_server):
+    dying = fake_server("print('the reason'); raise SystemExit(3)")
+    with pytest.raises(
+        server.ServerError, match=r"status 3:(.|\n)*\| the reason\n(.|\n)*server\.log"
+    ):
+        dying.start()
+
+
+@pytest.mark.skipif(package_versions()["vllm"] is None, reason="needs the vllm command")
+def test_vllm_command_is_found():
+    assert server.find_vllm().name == "vllm"
+
+
+def test_demo_refuses_a_model_that_is_not_there(tmp_path):
+    command = [sys.executable, "-m", "demo.run", "--out", str(tmp_path), "--model"]
+    run = subprocess.run(
+        [*command, str(tmp_path / "none")],
+        cwd=server.ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 1
+    assert "demo: " in run.stdout
+    assert "Traceback" not in run.stderr
