@@ -23,7 +23,7 @@ README = Path(__file__).parent.parent / "README.md"
         ({"width": 5, "policy": "static"}, "width 5 is not in layout 4|2|2; it has 4, 6, 8"),
         ({"width": 9, "policy": "static"}, "option 'width' is 9"),
         ({"policy": "guess"}, "option 'policy' is 'guess'.*entropy.*static"),
-        ({"wdth": 5}, "unknown option 'wdth'; options are layout"),
+        ({"bits": 5}, "unknown option 'bits'; options are layout"),
         ({"group_size": 48}, "group size 48 is not supported; use 128, 64 or 32"),
         ({"min_bits": 6, "max_bits": 4}, "min_bits 6 is above max_bits 4"),
         ({"width": 6}, "width 6 has no effect under policy entropy"),
@@ -46,8 +46,8 @@ def test_environment_is_read_and_checked(monkeypatch):
     options = options_from_environment()
     assert (options.policy, options.width, options.ignore) == ("static", 6, ("a", "b"))
     assert options.output_layer is False
-    monkeypatch.setenv("VLLM_FLEXQUANT_WITDH", "6")
-    with pytest.raises(ValueError, match="unknown variable VLLM_FLEXQUANT_WITDH"):
+    monkeypatch.setenv("VLLM_FLEXQUANT_POLICIES", "6")
+    with pytest.raises(ValueError, match="unknown variable VLLM_FLEXQUANT_POLICIES"):
         options_from_environment()
 
 
@@ -65,7 +65,7 @@ def test_update_pins_and_unpins():
 
 @pytest.mark.parametrize("value", [1, 9, "4", 4.0, True, None, [4]])
 def test_bad_floor_is_refused(value):
-    with pytest.raises(ValueError, match="flexquant_min_bits is .*; give an integer from 2 to 8"):
+    with pytest.raises(ValueError, match=r"flexquant_min_bits is .*; give an integer from 2 to 8"):
         request_floor({"flexquant_min_bits": value})
 
 
@@ -73,8 +73,8 @@ def test_floor_of_a_request():
     assert request_floor(None) == 0
     assert request_floor({"other": 1}) == 0
     assert request_floor({"flexquant_min_bits": 6}) == 6
-    with pytest.raises(ValueError, match="unknown key 'flexquant_mn_bits'"):
-        request_floor({"flexquant_mn_bits": 6})
+    with pytest.raises(ValueError, match="unknown key 'flexquant_bits'"):
+        request_floor({"flexquant_bits": 6})
 
 
 def test_readme_lists_every_option_and_variable():

@@ -162,9 +162,6 @@ class FlexQuantOptions(BaseModel):
 FORMAT_OPTIONS = ("layout", "group_size", "scales")
 """Options that a saved checkpoint fixes."""
 
-LOAD_OPTIONS = (*FORMAT_OPTIONS, "output_layer", "ignore", "verify", "trace_steps")
-"""Options that hold from load to shutdown; the others can be changed while serving."""
-
 
 def describe(error: ValidationError) -> str:
     """The first problem of a pydantic error in one sentence: option, value, what was expected."""
@@ -190,7 +187,9 @@ def options_from_environment() -> FlexQuantOptions:
                 f"environment: unknown variable {variable}; variables are "
                 f"{', '.join([*names, *PROCESS_ENV])}"
             )
-    found = {name: os.environ[variable] for variable, name in names.items() if variable in os.environ}
+    found = {
+        name: os.environ[variable] for variable, name in names.items() if variable in os.environ
+    }
     return FlexQuantOptions().updated(found, "environment")
 
 

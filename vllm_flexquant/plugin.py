@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Entry point `vllm.general_plugins`: registers the quantization method in every vLLM process.
 
-The only place that patches vLLM. Patches:
+The only place that patches vLLM. The ledger of patches:
 
-| what | why | how | upstream | can go when |
-|---|---|---|---|---|
-| `EngineArgs.create_engine_config` | a quantization method cannot choose the worker class, nor add \
-a logits processor, nor read `--additional-config` | wrapped; acts only when the method is flexquant \
-| the same patch is in vllm-project/vllm-bnb-plugin and vllm-gguf-plugin | `QuantizationConfig` gets \
-a hook that may change the engine config |
+`EngineArgs.create_engine_config`
+    Why: a quantization method cannot choose the worker class, add a logits processor or read
+    `--additional-config`. How: wrapped; acts only when the method is flexquant. Upstream: the
+    out-of-tree plugins for bitsandbytes and GGUF (vllm-project/vllm-bnb-plugin, vllm-gguf-plugin)
+    wrap the same class. Can go when `QuantizationConfig` gets a hook that may change the engine
+    config.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _patch_engine_args() -> None:
         return config
 
     create_flexquant_engine_config._flexquant = True  # type: ignore[attr-defined]
-    EngineArgs.create_engine_config = create_flexquant_engine_config  # type: ignore[method-assign]
+    EngineArgs.create_engine_config = create_flexquant_engine_config
 
 
 def prepare_engine_config(config: VllmConfig) -> None:
@@ -62,9 +62,9 @@ def prepare_engine_config(config: VllmConfig) -> None:
     Raises:
         ValueError: bad options, or a worker class that lacks `FlexWorkerMixin`.
     """
-    from flexquant_kernels import ops
     from vllm.logger import init_logger
 
+    from flexquant_kernels import ops
     from vllm_flexquant.runtime import logits_processor
     from vllm_flexquant.runtime.worker import WORKERS, FlexWorkerMixin
 
@@ -77,7 +77,7 @@ def prepare_engine_config(config: VllmConfig) -> None:
             f"--additional-config: '{METHOD}' is {given!r}; give an object of options, "
             f'as in {{"{METHOD}": {{"policy": "static"}}}}'
         )
-    quant_config.apply_options(given, f"--additional-config {METHOD}")  # type: ignore[union-attr]
+    quant_config.apply_options(given, f"--additional-config {METHOD}")
     # vLLM's compile cache knows nothing of plugins; this makes the plugin part of its key
     config.additional_config = additional | {f"{METHOD}_version": __version__}
 

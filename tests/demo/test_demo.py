@@ -60,6 +60,7 @@ def test_table_has_ratios_and_fits_a_terminal():
     text = printed(report.table(rows))
     assert "1.50 x" in text
     assert "0.0123 ± 0.0012" in text
+    assert "bits: chat" in text
     assert "…" not in text
 
 

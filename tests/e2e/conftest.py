@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real vLLM engines on the small real model, shared between tests: one start takes half a minute."""
+"""Real vLLM engines on the small real model, shared between tests: a start takes half a minute."""
 
 import gc
 import os

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One eager engine: decisions, kernels, promises, memory."""
 
+import itertools
 import math
 
 import pytest
@@ -83,7 +84,7 @@ def test_kernels_use_at_each_step_the_widths_decided_after_the_step_before(fresh
     decay = options.entropy_decay
     last = Decision(torch.tensor([steps[0]["level"]], dtype=torch.int32), torch.zeros(1))
     average = None
-    for before, now in zip(steps, steps[1:], strict=False):
+    for before, now in itertools.pairwise(steps):
         newest = before["entropy"][0]
         average = newest if average is None else decay * average + (1 - decay) * newest
         assert now["average"][0] == pytest.approx(average, rel=1e-5)
@@ -167,9 +168,7 @@ def test_kl_while_decoding_is_that_of_the_plain_implementation(fresh, forced_tex
     assert fresh.collective_rpc("flexquant_update", args=({"width": width},)) == [""]
     run = f"static {width}"
     decode(fresh, run, forced_text.sequences, rows=8)
-    records = scored(
-        read_records(forced_text.folder / "records.jsonl", run), forced_text.sequences
-    )
+    records = scored(read_records(forced_text.folder / "records.jsonl", run), forced_text.sequences)
     assert len(records) == 8 * 47
     plain = forced_text.planes[str(width)]["int8"]
     found = agreement([r["kl"] for r in records], plain["kl"])

@@ -113,7 +113,7 @@ def test_the_api_key_guards_it(server):
         (b"{", "the body is not valid JSON"),
         ([1], "the body is [1]; give an object"),
         ({"policy": "guess"}, "option 'policy' is 'guess'"),
-        ({"widht": 6}, "unknown option 'widht'; options that can be changed are policy"),
+        ({"bits": 6}, "unknown option 'bits'; options that can be changed are policy"),
         ({"width": 9}, "option 'width' is 9"),
         ({"width": 5}, "width 5 is not in layout 4|2|2; it has 4, 6, 8"),
         ({"level": 9999}, "level 9999 is not on the ladder"),
@@ -134,9 +134,9 @@ def test_a_bad_request_is_a_400_and_its_neighbours_finish(server):
         status, answer = server.chat(vllm_xargs={"flexquant_min_bits": 11})
         assert status == 400
         assert "flexquant_min_bits is 11; give an integer from 2 to 8" in json.dumps(answer)
-        status, answer = server.chat(vllm_xargs={"flexquant_mn_bits": 4})
+        status, answer = server.chat(vllm_xargs={"flexquant_bits": 4})
         assert status == 400
-        assert "unknown key 'flexquant_mn_bits'" in json.dumps(answer)
+        assert "unknown key 'flexquant_bits'" in json.dumps(answer)
         assert [f.result()[0] for f in good] == [200, 200, 200]
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Engines that each need a start of their own: compiled, saved, tensor-parallel, unsupported."""
 
+import itertools
 import json
 import shutil
 
@@ -108,7 +109,7 @@ def switch_often(llm, params):
         longer.max_tokens = 64
         llm.generate(PROMPTS, longer)
         steps = llm.collective_rpc("flexquant_trace")[0]
-        changes += sum(a["widths"] != b["widths"] for a, b in zip(steps, steps[1:], strict=False))
+        changes += sum(a["widths"] != b["widths"] for a, b in itertools.pairwise(steps))
         if changes >= 200:
             return
     raise AssertionError(f"only {changes} changes of width")
@@ -196,9 +197,7 @@ def test_experts_and_routers_stay_unquantized_and_are_named(smollm2, tmp_path, g
     model = small_checkpoint(
         tmp_path / "moe",
         smollm2,
-        {"model_type": "qwen3_moe", "head_dim": 32, "tie_word_embeddings": False}
-        | SHAPE
-        | experts,
+        {"model_type": "qwen3_moe", "head_dim": 32, "tie_word_embeddings": False} | SHAPE | experts,
     )
     with running_engine(model, quantization="flexquant", max_model_len=256) as llm:
         view = llm.collective_rpc("flexquant_status")[0]

@@ -143,10 +143,10 @@ def test_a_second_plugin_that_patches_the_same_place_lives_beside_it(smollm2, tm
         (
             {
                 "hf_overrides": {
-                    "quantization_config": {"quant_method": "flexquant", "polcy": "static"}
+                    "quantization_config": {"quant_method": "flexquant", "strategy": "static"}
                 }
             },
-            "--hf-overrides quantization_config: unknown option 'polcy'",
+            "--hf-overrides quantization_config: unknown option 'strategy'",
         ),
         ({"worker_cls": "vllm.v1.worker.gpu_worker.Worker"}, None),
         (
@@ -200,4 +200,4 @@ def test_both_interfaces_of_logits_processors_take_the_class():
     assert issubclass(EntropyProcessor, First)
     assert issubclass(EntropyProcessor, Second)
     assert not EntropyProcessor.__abstractmethods__
-    assert NAME == f"{EntropyProcessor.__module__}:EntropyProcessor"
+    assert f"{EntropyProcessor.__module__}:EntropyProcessor" == NAME

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
-from flexquant_kernels import pack, reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flexquant_kernels import pack, reference
 from vllm_flexquant.format import PlaneLayout, ScaleMode
 from vllm_flexquant.quantize.rtn import quantize_rtn
 
@@ -28,7 +28,9 @@ def at_width(weight, layout, group, mode, width):
     seed=st.integers(0, 1000),
 )
 def test_error_is_bounded_by_the_step_of_each_width(rows, groups, group, text, mode, scale, seed):
-    weight = torch.randn(rows, groups * group, generator=torch.Generator().manual_seed(seed)) * scale
+    weight = (
+        torch.randn(rows, groups * group, generator=torch.Generator().manual_seed(seed)) * scale
+    )
     layout = PlaneLayout.parse(text)
     spread = weight.reshape(rows, groups, group)
     spread = spread.amax(-1) - spread.amin(-1)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
-from flexquant_kernels import reference
 
+from flexquant_kernels import reference
 from vllm_flexquant.config import FlexQuantOptions
 from vllm_flexquant.format import PlaneLayout
 from vllm_flexquant.runtime.controller import Batch, Controller

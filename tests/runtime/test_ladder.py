@@ -10,7 +10,14 @@ def layer(name, error, rows=16, columns=64, layout="4|2|2"):
     layout = PlaneLayout.parse(layout)
     errors = {w: error * 4.0 ** (8 - w) if w < 8 else 0.0 for w in layout.widths}
     return LayerRecord(
-        name, rows, columns, 64, layout, "reference", "test", WeightError(rows * columns, 1.0, errors)
+        name,
+        rows,
+        columns,
+        64,
+        layout,
+        "reference",
+        "test",
+        WeightError(rows * columns, 1.0, errors),
     )
 
 

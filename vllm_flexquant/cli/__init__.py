@@ -42,7 +42,9 @@ def _root(
 def quantize(
     model: Annotated[Path, typer.Argument(help="Unquantized Hugging Face checkpoint (folder).")],
     out: Annotated[Path, typer.Argument(help="New folder for the flexquant checkpoint.")],
-    layout: Annotated[str, typer.Option(help="Plane widths in bits: 4|2|2, 2|2|4 or 2|1|1|2|2.")] = "4|2|2",
+    layout: Annotated[
+        str, typer.Option(help="Plane widths in bits: 4|2|2, 2|2|4 or 2|1|1|2|2.")
+    ] = "4|2|2",
     group_size: Annotated[int, typer.Option(help="Largest group: 128, 64 or 32.")] = 64,
     scales: Annotated[str, typer.Option(help="per_width or shared.")] = "per_width",
     output_layer: Annotated[bool, typer.Option(help="Quantize the output layer.")] = True,
@@ -91,7 +93,9 @@ def validate(
 
 @app.command()
 def kernels(
-    build: Annotated[bool, typer.Option(help="Build the CPU kernels if they are not cached.")] = True,
+    build: Annotated[
+        bool, typer.Option(help="Build the CPU kernels if they are not cached.")
+    ] = True,
 ) -> None:
     """Say which kernels this machine runs, and why."""
     from flexquant_kernels import ops

@@ -15,7 +15,7 @@ import json
 import math
 import struct
 from collections.abc import Iterator, Mapping
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ FORMAT_VERSION = "1.0"
 SIDECAR = "flexquant.json"
 
 
-class OutputLayer(str, Enum):
+class OutputLayer(StrEnum):
     """Where the output layer's weights are."""
 
     PLANES = "planes"

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from functools import cached_property
 from itertools import accumulate
 
@@ -18,7 +18,7 @@ GROUP_SIZES = (128, 64, 32)
 _PLANE_BITS = (1, 2, 4)
 
 
-class ScaleMode(str, Enum):
+class ScaleMode(StrEnum):
     """How scales are stored."""
 
     SHARED = "shared"

@@ -13,10 +13,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from flexquant_kernels.pack import pack_planes
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from flexquant_kernels.pack import pack_planes
 from vllm_flexquant.config import FlexQuantOptions
 from vllm_flexquant.format.checkpoint import (
     FORMAT_VERSION,

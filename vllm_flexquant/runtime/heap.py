@@ -19,8 +19,8 @@ def _malloc_trim() -> Callable[[int], int] | None:
 def trim_heap() -> None:
     """Give freed heap memory back, where the C library can.
 
-    glibc keeps what is freed below its (growing) mmap threshold: after quantizing a 135M model layer
-    by layer, 100 MB that nobody uses.
+    glibc keeps what is freed below its (growing) mmap threshold: after quantizing a 135M model
+    layer by layer, 100 MB that nobody uses.
     """
     if trim := _malloc_trim():
         trim(0)

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from flexquant_kernels import ops, pack, reference
 from torch.nn import Parameter
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import (
@@ -18,6 +17,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
 from vllm.model_executor.parameter import GroupQuantScaleParameter, ModelWeightParameter
 
+from flexquant_kernels import ops, pack, reference
 from vllm_flexquant.format.layout import PARENT_BITS, ScaleMode, choose_group_size
 from vllm_flexquant.quantize.rtn import quantize_rtn
 from vllm_flexquant.runtime.heap import trim_heap
@@ -49,9 +49,7 @@ class FlexLinearMethod(LinearMethodBase):
         self.index = -1
         self.activation_dtype = torch.get_default_dtype()
 
-    def _declare(
-        self, layer: torch.nn.Module, rows: int, columns: int, dtype: torch.dtype
-    ) -> None:
+    def _declare(self, layer: torch.nn.Module, rows: int, columns: int, dtype: torch.dtype) -> None:
         layer.flexquant_rows, layer.flexquant_columns = rows, columns
         self.activation_dtype = dtype
         # taken here, where layers come in the order of the model, not in that of the files
@@ -161,23 +159,19 @@ class OnlineFlexLinearMethod(FlexLinearMethod):
     ) -> None:
         rows = sum(output_partition_sizes)
         self._declare(layer, rows, input_size_per_partition, params_dtype)
-        group_size = choose_group_size(
-            input_size_per_partition, self.config.options.group_size
-        )
+        group_size = choose_group_size(input_size_per_partition, self.config.options.group_size)
         assert group_size is not None, "the config quantizes only layers that have a group size"
         self.group_size = group_size
         weight = ModelWeightParameter(
             data=torch.empty(rows, input_size_per_partition, device="meta", dtype=params_dtype),
             input_dim=1,
             output_dim=0,
-            weight_loader=extra_weight_attrs.get("weight_loader"),
+            weight_loader=extra_weight_attrs["weight_loader"],
         )
         layer.register_parameter("weight", weight)
         initialize_online_processing(layer)
 
-    def tie_weights(
-        self, layer: torch.nn.Module, embed_tokens: torch.nn.Module
-    ) -> torch.nn.Module:
+    def tie_weights(self, layer: torch.nn.Module, embed_tokens: torch.nn.Module) -> torch.nn.Module:
         """Quantize from the embedding, which itself stays as it is for looking up tokens."""
         del layer.weight
         # behind a tuple, or the embedding would become a submodule of the output layer
@@ -234,7 +228,7 @@ class StoredFlexLinearMethod(FlexLinearMethod):
                 f"each of {input_size // columns} tensor-parallel ranks holds; {remedy}"
             )
         self.group_size = group_size
-        loader = extra_weight_attrs.get("weight_loader")
+        loader = extra_weight_attrs["weight_loader"]
         loaded: set[str] = set()
         layer.flexquant_loaded = loaded
         for name, bits in zip(self.plane_names, self.layout.planes, strict=True):
@@ -242,7 +236,10 @@ class StoredFlexLinearMethod(FlexLinearMethod):
             layer.register_parameter(
                 name,
                 ModelWeightParameter(
-                    data=data, input_dim=1, output_dim=0, weight_loader=_noting(loader, name, loaded)
+                    data=data,
+                    input_dim=1,
+                    output_dim=0,
+                    weight_loader=_noting(loader, name, loaded),
                 ),
             )
         sets = len(self.layout.widths) if options.scales is ScaleMode.PER_WIDTH else 1
@@ -250,7 +247,10 @@ class StoredFlexLinearMethod(FlexLinearMethod):
         layer.register_parameter(
             "scales",
             GroupQuantScaleParameter(
-                data=data, input_dim=1, output_dim=0, weight_loader=_noting(loader, "scales", loaded)
+                data=data,
+                input_dim=1,
+                output_dim=0,
+                weight_loader=_noting(loader, "scales", loaded),
             ),
         )
 

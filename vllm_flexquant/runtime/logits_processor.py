@@ -34,7 +34,7 @@ class EntropyProcessor(V1LogitsProcessor, V2LogitsProcessor):
     """Passes logits to the controller of this worker."""
 
     def __init__(self, vllm_config: VllmConfig, *_: Any) -> None:
-        self._controller: Controller = vllm_config.quant_config.controller  # type: ignore[union-attr]
+        self._controller: Controller = vllm_config.quant_config.controller
         self._new_slots: list[int] = []
 
     @classmethod

@@ -53,7 +53,7 @@ class FlexQuantConfig(QuantizationConfig):
     # ---- vLLM's interface
 
     @classmethod
-    def get_name(cls) -> str:  # type: ignore[override]
+    def get_name(cls) -> str:
         return METHOD
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
@@ -121,7 +121,7 @@ class FlexQuantConfig(QuantizationConfig):
         if isinstance(layer, LinearBase):
             return self._linear_method(layer, prefix) or UnquantizedLinearMethod()
         if isinstance(layer, RoutedExperts):
-            self._leave("routed experts", prefix, "experts are not supported yet")
+            self._note_left_alone("routed experts", prefix, "experts are not supported yet")
         return None
 
     # ---- the worker's side
@@ -152,15 +152,17 @@ class FlexQuantConfig(QuantizationConfig):
         if self._ignored(prefix):
             return None
         if prefix.rpartition(".")[2] in _ROUTERS:
-            return self._leave("router", prefix, "routers keep their precision")
+            self._note_left_alone("router", prefix, "routers keep their precision")
+            return None
         if self.stored is not None:
             return StoredFlexLinearMethod(self, prefix)
         columns = getattr(layer, "input_size_per_partition", layer.input_size)
         if choose_group_size(columns, self.options.group_size) is None:
             sizes = ", ".join(str(g) for g in GROUP_SIZES if g <= self.options.group_size)
-            return self._leave(
+            self._note_left_alone(
                 "layer", prefix, f"no group size of {sizes} divides its {columns} inputs"
             )
+            return None
         return OnlineFlexLinearMethod(self, prefix)
 
     def _output_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
@@ -178,7 +180,10 @@ class FlexQuantConfig(QuantizationConfig):
             return None
         columns = layer.input_size_per_partition
         if choose_group_size(columns, self.options.group_size) is None:
-            return self._leave("output layer", prefix, f"no group size divides {columns} inputs")
+            self._note_left_alone(
+                "output layer", prefix, f"no group size divides its {columns} inputs"
+            )
+            return None
         return OnlineFlexLinearMethod(self, prefix)
 
     def _ignored(self, prefix: str) -> bool:
@@ -203,5 +208,5 @@ class FlexQuantConfig(QuantizationConfig):
             )
         return False
 
-    def _leave(self, kind: str, prefix: str, why: str) -> None:
+    def _note_left_alone(self, kind: str, prefix: str, why: str) -> None:
         self._left_alone.add(f"{kind} {prefix}: {why}")

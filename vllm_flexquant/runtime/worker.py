@@ -6,10 +6,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from flexquant_kernels import ops
 from vllm.distributed import get_world_group
 from vllm.logger import init_logger
 
+from flexquant_kernels import ops
 from vllm_flexquant.format.layout import PARENT_BITS
 from vllm_flexquant.runtime import hooks
 from vllm_flexquant.runtime.quant_config import FlexQuantConfig
@@ -22,9 +22,7 @@ _BASES = {
     "FlexGPUWorker": ("vllm.v1.worker.gpu_worker", "Worker"),
 }
 
-WORKERS = {
-    f"{module}.{base}": f"{__name__}.{flex}" for flex, (module, base) in _BASES.items()
-}
+WORKERS = {f"{module}.{base}": f"{__name__}.{flex}" for flex, (module, base) in _BASES.items()}
 """vLLM's worker classes by qualified name, and what takes their place."""
 
 

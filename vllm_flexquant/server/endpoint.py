@@ -57,7 +57,7 @@ class FlexQuantEndpoint:
         except ValueError:
             return _refusal(400, "the body is not valid JSON")
         if not isinstance(body, dict):
-            return _refusal(400, f"the body is {body!r}; give an object, as in {{\"width\": 6}}")
+            return _refusal(400, f'the body is {body!r}; give an object, as in {{"width": 6}}')
         try:
             PolicyUpdate.model_validate(body)
         except ValidationError as error:
