@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a Hugging Face checkpoint to a saved flexquant checkpoint, one tensor at a time."""
+"""From a Hugging Face checkpoint to a saved flexquant checkpoint, one file at a time."""
 
 from __future__ import annotations
 
