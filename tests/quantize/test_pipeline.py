@@ -3,10 +3,10 @@ import json
 
 import pytest
 import torch
-from flexquant_kernels import reference
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from flexquant_kernels import reference
 from vllm_flexquant.cli import app
 from vllm_flexquant.config import FlexQuantOptions
 from vllm_flexquant.format import PlaneLayout
@@ -133,7 +133,7 @@ def test_config_reader_ignores_what_it_does_not_know_and_refuses_what_it_cannot_
     assert StoredConfig.read({"format_version": "1.7", "new": 1}).layout == "4|2|2"
     with pytest.raises(ValueError, match=r"format_version is '2.0', this release .* reads 1.x"):
         StoredConfig.read({"format_version": "2.0"})
-    with pytest.raises(ValueError, match="quantization_config.group_size is 'big'"):
+    with pytest.raises(ValueError, match=r"quantization_config.group_size is 'big'"):
         StoredConfig.read({"format_version": "1.0", "group_size": "big"})
     with pytest.raises(ValueError, match=r"plane layout '5\|3'"):
         StoredConfig.read({"format_version": "1.0", "layout": "5|3"})

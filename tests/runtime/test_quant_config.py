@@ -33,7 +33,7 @@ def test_a_saved_checkpoint_fixes_its_format():
 def test_ignoring_a_part_of_a_fused_layer_is_refused():
     config = FlexQuantConfig(FlexQuantOptions(ignore=("q_proj", "k_proj")))
     config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
-    with pytest.raises(ValueError, match="fuses into model.layers.0.self_attn.qkv_proj"):
+    with pytest.raises(ValueError, match=r"fuses into model.layers.0.self_attn.qkv_proj"):
         config._ignored("model.layers.0.self_attn.qkv_proj")
     config.options = FlexQuantOptions(ignore=("q_proj", "k_proj", "v_proj", "layers.1.mlp.up_proj"))
     assert config._ignored("model.layers.0.self_attn.qkv_proj")
