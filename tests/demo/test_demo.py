@@ -143,6 +143,7 @@ def test_vllm_command_is_found():
     assert server.find_vllm().name == "vllm"
 
 
+@pytest.mark.slow
 def test_demo_refuses_a_model_that_is_not_there(tmp_path):
     command = [sys.executable, "-m", "demo.run", "--out", str(tmp_path), "--model"]
     run = subprocess.run(

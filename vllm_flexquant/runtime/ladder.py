@@ -2,8 +2,10 @@
 """The ladder: precision tables from cheapest to best.
 
 Until a checkpoint brings sensitivities measured as KL of the model's output, rungs are ordered by
-weight error: from all layers at all bits, each rung lowers the layer whose relative squared error
-grows least per byte saved (greedy; design section 5).
+weight error: from all layers at all bits, each rung lowers the layer whose loss grows least per byte
+saved (greedy; design section 5). A layer's loss is its relative squared error times its number of
+weights: counted without that factor, the largest layer, which is the output layer of a small model,
+would always look cheapest, and pays for it in KL.
 """
 
 from __future__ import annotations
@@ -80,7 +82,7 @@ def _lowerings(errors: Mapping[str, WeightError]) -> list[tuple[str, int]]:
         error = errors[name]
         if lower := [w for w in error.square_error if w < width]:
             target = max(lower)
-            growth = error.relative(target) - error.relative(width)
+            growth = error.weights * (error.relative(target) - error.relative(width))
             saved = error.weights * (width - target) / PARENT_BITS
             heapq.heappush(queue, (growth / saved, name, target))
 

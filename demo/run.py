@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Serve a real model at switching precision and show what happens.
+
+    python -m demo.run [--model NAME_OR_PATH] [--out FOLDER] [--fast]
+
+Computes what the unquantized model says of a text, serves the model in bf16 without flexquant,
+then once with `--quantization flexquant`, where the policy is changed while it serves: all layers
+at 8, 6 and 4 bits, and by entropy. Each policy answers the same dozen chat requests and decodes
+the same text. The results: a table, a picture of the entropy run, and all numbers as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import httpx
+import openai
+from rich.console import Console
+
+from benchmarks import trace
+from benchmarks.provenance import provenance, write_json
+from benchmarks.quality.sequences import (
+    TEXT,
+    TokenSequence,
+    cut_text,
+    read_records,
+    save_sequences,
+    scored,
+    summarise,
+)
+from demo import report
+from demo.client import MODEL, ChatRun, Client
+from demo.get_model import ModelError, get_model
+from demo.live import LiveView
+from demo.plot import plot_run
+from demo.prompts import PROMPTS
+from demo.server import ROOT, ServerError, VllmServer
+
+PROCESSOR = "benchmarks.quality.teacher_forcing:TeacherForcing"
+POLICIES: dict[str, dict[str, Any]] = {
+    "static 8": {"policy": "static", "width": 8},
+    "static 6": {"policy": "static", "width": 6},
+    "static 4": {"policy": "static", "width": 4},
+    "entropy": {"policy": "entropy"},
+}
+TRACE_STEPS = 4000
+KNOWN_ERRORS = (ModelError, ServerError, ValueError, OSError, subprocess.SubprocessError)
+ARGUMENTS = (
+    *("--served-model-name", MODEL, "--dtype", "bfloat16", "--max-model-len", "1024"),
+    *("--max-num-seqs", "16", "--enforce-eager", "--logits-processors", PROCESSOR),
+    # a cached prefix would bring the keys and values of one policy into another
+    *("--no-enable-prefix-caching", "--disable-uvicorn-access-log"),
+)
+
+
+@dataclass
+class Demo:
+    """One run: what it works on and what it found."""
+
+    model: str
+    out: Path
+    work: Path
+    console: Console
+    sequences: list[TokenSequence]
+    templated: bool
+    max_tokens: int
+    rounds: int
+    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    # of the last chat run, which is one under policy entropy
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    answer: str = ""
+    start_seconds: dict[str, float] = field(default_factory=dict)
+
+    def compute_reference(self) -> int:
+        """Write the reference's log-probabilities; returns the weights of all linear layers."""
+        save_sequences(self.work / "sequences.json", self.sequences)
+        command = [sys.executable, "-m", "benchmarks.quality.reference", "--model", self.model]
+        command += ["--sequences", str(self.work / "sequences.json"), "--out", str(self.work)]
+        subprocess.run(command, cwd=ROOT, check=True)
+        index = json.loads((self.work / "reference.json").read_text(encoding="utf-8"))
+        return int(index["linear_weights"])
+
+    def serve(self, name: str, arguments: Sequence[str], environ: dict[str, str]) -> VllmServer:
+        """A server that teacher-forces and records; started and answering."""
+        benchmark = {
+            "BENCH_REFERENCE": str(self.work / "reference.npy"),
+            "BENCH_RECORD": str(self.work / "records.jsonl"),
+        }
+        log = self.out / f"{name}.log"
+        server = VllmServer(self.model, [*ARGUMENTS, *arguments], benchmark | environ, log)
+        with self.console.status("") as status:
+            server.start(lambda s: status.update(f"vllm serve ({name}) is starting: {s:.0f} s"))
+        self.start_seconds[name] = server.start_seconds
+        self.console.print(f"  answers after {server.start_seconds:.0f} s; log in {log}")
+        return server
+
+    async def measure_baseline(self, url: str, weights: int) -> None:
+        """The server without flexquant."""
+        client = Client(url, self.templated)
+        try:
+            await self._warm_up(client)
+            chats = []
+            for number in range(1, self.rounds + 1):
+                with self.console.status(self._title(report.BASELINE, number)):
+                    chats.append(await client.chat(PROMPTS, self.max_tokens, lambda text: None))
+            await self._force(client, report.BASELINE)
+        finally:
+            await client.close()
+        same = {"mean_bits": 16.0, "bytes_per_step": 2.0 * weights}
+        self._add(report.BASELINE, chats, same, same)
+
+    async def measure_policies(self, url: str) -> None:
+        """The server with flexquant: chat under each policy in turn, round by round; the text."""
+        client = Client(url, self.templated)
+        chats: dict[str, list[ChatRun]] = {name: [] for name in POLICIES}
+        steps: dict[str, list[dict[str, Any]]] = {name: [] for name in POLICIES}
+        try:
+            await self._warm_up(client)
+            for number in range(1, self.rounds + 1):
+                for name, changes in POLICIES.items():
+                    before = await self._begin(client, changes)
+                    async with LiveView(client, self._title(name, number), self.console) as live:
+                        chats[name].append(
+                            await client.chat(PROMPTS, self.max_tokens, live.show_answer)
+                        )
+                    self.steps = await self._steps_since(client, before)
+                    steps[name] += self.steps
+                    speed = chats[name][-1].tokens_per_second
+                    self.console.print(f"  round {number}, {name}: {speed:.1f} tokens/s")
+            self.answer = chats[name][-1].text
+            for name, changes in POLICIES.items():
+                before = await self._begin(client, changes)
+                await self._force(client, name)
+                text_steps = await self._steps_since(client, before)
+                chat_summary = trace.summarise(self.layers, steps[name])
+                self._add(name, chats[name], chat_summary, trace.summarise(self.layers, text_steps))
+        finally:
+            await client.close()
+
+    def _title(self, name: str, number: int) -> str:
+        return f"{name}: {len(PROMPTS)} chat requests, round {number} of {self.rounds}"
+
+    async def _warm_up(self, client: Client) -> None:
+        await client.chat(PROMPTS[:2], 4, lambda text: None)
+
+    async def _begin(self, client: Client, changes: dict[str, Any]) -> int:
+        """Set the policy; returns the number of the next step."""
+        await client.set_policy(changes)
+        status = await client.status()
+        self.layers = status["layers"]
+        return int(status["steps"])
+
+    async def _steps_since(self, client: Client, first: int) -> list[dict[str, Any]]:
+        recorded = (await client.status(trace=True))["trace"]
+        return [step for step in recorded if step["step"] >= first]
+
+    async def _force(self, client: Client, name: str) -> None:
+        with self.console.status(f"{name}: decoding the text, {len(self.sequences)} at a time"):
+            await client.force(self.sequences, name)
+
+    def _add(
+        self,
+        name: str,
+        chats: list[ChatRun],
+        chat_steps: dict[str, Any],
+        text_steps: dict[str, Any],
+    ) -> None:
+        records = scored(read_records(self.work / "records.jsonl", name), self.sequences)
+        text = summarise(records)
+        speeds = [chat.tokens_per_second for chat in chats]
+        self.rows[name] = {
+            "chat": {
+                "requests": len(PROMPTS),
+                "tokens": chats[0].tokens,
+                "tokens_per_second": median(speeds),
+                "tokens_per_second_of_each_round": speeds,
+            },
+            "chat_steps": chat_steps,
+            "text": text,
+            "text_steps": text_steps,
+        }
+        self.console.print(
+            f"  {name}: {median(speeds):.1f} tokens/s, KL {text['kl']:.4f} nats per token"
+        )
+
+
+def run(options: argparse.Namespace, console: Console) -> None:
+    """The whole demo."""
+    began = time.monotonic()
+    console.rule("1 model")
+    model = options.model or str(get_model())
+    facts = provenance(model, TEXT)
+    console.print(f"  {Path(model).name}")
+
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    sequences = cut_text(tokenizer, TEXT.read_text(encoding="utf-8"), 4 if options.fast else 8)
+    options.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="flexquant-demo-") as work:
+        demo = Demo(
+            model=model,
+            out=options.out,
+            work=Path(work),
+            console=console,
+            sequences=sequences,
+            templated=bool(tokenizer.chat_template),
+            max_tokens=32 if options.fast else 64,
+            rounds=1 if options.fast else 3,
+        )
+        console.rule("2 reference: the unquantized checkpoint in fp32")
+        weights = demo.compute_reference()
+        console.rule("3 vllm serve --dtype bfloat16")
+        with demo.serve("bf16", (), {"VLLM_FLEXQUANT_DISABLE": "1"}) as server:
+            watched(server, demo.measure_baseline(server.url, weights))
+        console.rule("4 vllm serve --dtype bfloat16 --quantization flexquant")
+        environ = {
+            "VLLM_PLUGINS": "flexquant",  # vLLM serves only the endpoints of plugins named here
+            "VLLM_FLEXQUANT_TRACE_STEPS": str(TRACE_STEPS),
+        }
+        with demo.serve("flexquant", ("--quantization", "flexquant"), environ) as server:
+            watched(server, demo.measure_policies(server.url))
+    finish(demo, options, facts, time.monotonic() - began)
+
+
+def watched(server: VllmServer, work: Any) -> None:
+    """Run `work`; when it fails because the server died, say that instead."""
+    try:
+        asyncio.run(work)
+    except (openai.APIError, httpx.HTTPError) as error:
+        time.sleep(1)  # a dying server takes a moment
+        server.check()
+        raise ServerError(f"a request failed: {error}\n{server.tail()}") from None
+
+
+def finish(demo: Demo, options: argparse.Namespace, facts: dict[str, Any], seconds: float) -> None:
+    """Write JSON and picture, print the table."""
+    console = demo.console
+    rows = report.with_ratios(demo.rows)
+    dequantized = (Path(demo.model) / "conversion.json").is_file()
+    tokens = rows[report.BASELINE]["text"]["tokens"]
+    remarks = report.notes(dequantized, tokens, demo.rounds, facts["machine"]["flags"])
+    results = {
+        "seconds": seconds,
+        "start_seconds": demo.start_seconds,
+        "max_tokens": demo.max_tokens,
+        "notes": remarks,
+        "policies": rows,
+    }
+    write_json(options.out / "demo.json", results, facts)
+    console.rule("5 result")
+    console.print("An answer under policy entropy:", style="bold")
+    console.print(demo.answer.strip(), style="italic", markup=False, highlight=False)
+    console.print()
+    report.show(console, rows, remarks)
+    picture = options.out / "entropy.png"
+    title = f"{Path(demo.model).name}: policy entropy, {len(PROMPTS)} chat requests"
+    if plot_run(demo.layers, demo.steps, picture, title):
+        console.print(f"picture: {picture}")
+    console.print(f"numbers: {options.out / 'demo.json'}")
+    console.print(f"{seconds:.0f} s in all")
+
+
+def main() -> None:
+    """Parse, run, and end with a message instead of a traceback where the cause is known."""
+    parser = argparse.ArgumentParser(description="Serve a model at switching precision.")
+    parser.add_argument("--model", help="checkpoint, default: SmolLM2-135M-Instruct")
+    parser.add_argument("--out", type=Path, default=ROOT / "demo" / "out")
+    parser.add_argument(
+        "--fast", action="store_true", help="one round, half the tokens and half the text"
+    )
+    options = parser.parse_args()
+    console = Console()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers are stopped
+    try:
+        run(options, console)
+    except KNOWN_ERRORS as error:
+        console.print(f"demo: {error}", style="red", markup=False, highlight=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        console.print("demo: interrupted; servers are stopped", style="red")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
