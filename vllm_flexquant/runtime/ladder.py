@@ -2,10 +2,10 @@
 """The ladder: precision tables from cheapest to best.
 
 Until a checkpoint brings sensitivities measured as KL of the model's output, rungs are ordered by
-weight error: from all layers at all bits, each rung lowers the layer whose loss grows least per byte
-saved (greedy; design section 5). A layer's loss is its relative squared error times its number of
-weights: counted without that factor, the largest layer, which is the output layer of a small model,
-would always look cheapest, and pays for it in KL.
+weight error: from all layers at all bits, each rung lowers the layer whose loss grows least per
+byte saved (greedy). A layer's loss is its relative squared error times its number of weights:
+without that factor the largest layer, which is the output layer of a small model, would always look
+cheapest, and the KL would pay for it.
 """
 
 from __future__ import annotations
