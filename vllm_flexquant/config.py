@@ -215,6 +215,23 @@ class PolicyUpdate(BaseModel):
     hysteresis: float | None = Field(None, ge=0, le=1)
     dwell: int | None = Field(None, ge=1)
 
+    @classmethod
+    def read(cls, changes: Mapping[str, Any]) -> PolicyUpdate:
+        """Check what was asked for, by itself.
+
+        Raises:
+            ValueError: an unknown option or a bad value, in one sentence.
+        """
+        if unknown := sorted(set(changes) - set(cls.model_fields)):
+            raise ValueError(
+                f"unknown option '{unknown[0]}'; options that can be changed are "
+                f"{', '.join(cls.model_fields)}"
+            )
+        try:
+            return cls.model_validate(dict(changes))
+        except ValidationError as error:
+            raise ValueError(describe(error)) from None
+
     def apply(self, options: FlexQuantOptions) -> FlexQuantOptions:
         """The options after this update.
 

@@ -94,10 +94,15 @@ def prepare_engine_config(config: VllmConfig) -> None:
             )
 
     processors = list(config.model_config.logits_processors or ())
-    if config.speculative_config is not None and not config.use_v2_model_runner:
+    if config.model_config.runner_type == "pooling":
+        logger.warning(
+            "flexquant: a pooling model has no next token, so no entropies are seen and policy "
+            "entropy stays at the best level"
+        )
+    elif config.speculative_config is not None and not config.use_v2_model_runner:
         logger.warning(
             "flexquant: vLLM's V1 model runner allows no logits processor beside speculative "
-            "decoding, so entropies are not seen and policy entropy stays at its first level"
+            "decoding, so entropies are not seen and policy entropy stays at the best level"
         )
     elif logits_processor.NAME not in processors:
         config.model_config.logits_processors = [logits_processor.NAME, *processors]

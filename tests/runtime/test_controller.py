@@ -101,9 +101,16 @@ def test_pins_bounds_and_floors():
 def test_a_refused_update_changes_nothing():
     made = controller()
     before = (made.options, widths(made))
-    for bad in ({"level": 10_000}, {"width": 5}, {"min_bits": 8, "max_bits": 4}):
-        with pytest.raises(ValueError, match=r"level|width|min_bits"):
+    for bad, message in (
+        ({"level": 10_000}, "level 10000 is not on the ladder"),
+        ({"width": 5}, "width 5 is not in layout"),
+        ({"min_bits": 8, "max_bits": 4}, "min_bits 8 is above max_bits 4"),
+        ({"policy": "guess"}, "option 'policy' is 'guess'"),
+        ({"layout": "2|2|4"}, "unknown option 'layout'; options that can be changed are policy"),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
             made.update(bad)
+        assert "\n" not in str(error.value)
     assert (made.options, widths(made)) == before
 
 

@@ -175,7 +175,7 @@ class Controller:
         Raises:
             ValueError: a bad value; nothing is changed.
         """
-        self._adopt(PolicyUpdate.model_validate(changes).apply(self.options))
+        self._adopt(PolicyUpdate.read(changes).apply(self.options))
         rung = self._rungs.index_select(0, self.last.level)[0]
         self._write(self._bounded(rung, self._floor_in_force))
 

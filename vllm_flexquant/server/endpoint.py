@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
-from pydantic import ValidationError
 
-from vllm_flexquant.config import METHOD, PolicyUpdate, describe
+from vllm_flexquant.config import METHOD, PolicyUpdate
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -59,9 +58,9 @@ class FlexQuantEndpoint:
         if not isinstance(body, dict):
             return _refusal(400, f'the body is {body!r}; give an object, as in {{"width": 6}}')
         try:
-            PolicyUpdate.model_validate(body)
-        except ValidationError as error:
-            return _refusal(400, _explain(error))
+            PolicyUpdate.read(body)
+        except ValueError as error:
+            return _refusal(400, str(error))
         reasons = await engine.collective_rpc("flexquant_update", args=(body,))
         if reason := next((r for r in reasons if r), ""):
             return _refusal(400, reason)
@@ -74,14 +73,6 @@ def _engine(request: Request) -> Any:
     if engine is None or engine.model_config.quantization != METHOD:
         return None
     return engine
-
-
-def _explain(error: ValidationError) -> str:
-    problem = error.errors()[0]
-    if problem["type"] == "extra_forbidden":
-        known = ", ".join(PolicyUpdate.model_fields)
-        return f"unknown option '{problem['loc'][0]}'; options that can be changed are {known}"
-    return describe(error)
 
 
 def _refusal(status: int, message: str) -> JSONResponse:
