@@ -18,7 +18,7 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 from vllm_flexquant import __version__
-from vllm_flexquant.config import METHOD
+from vllm_flexquant.config import FORMAT_OPTIONS, METHOD
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -78,8 +78,12 @@ def prepare_engine_config(config: VllmConfig) -> None:
             f'as in {{"{METHOD}": {{"policy": "static"}}}}'
         )
     quant_config.apply_options(given, f"--additional-config {METHOD}")
-    # vLLM's compile cache knows nothing of plugins; this makes the plugin part of its key
-    config.additional_config = additional | {f"{METHOD}_version": __version__}
+    # vLLM's compile cache knows nothing of plugins; this puts what shapes the graph into its key
+    options = quant_config.options
+    graph = {
+        name: str(getattr(options, name)) for name in (*FORMAT_OPTIONS, "output_layer", "ignore")
+    }
+    config.additional_config = additional | {f"{METHOD}_graph": {"version": __version__, **graph}}
 
     worker = config.parallel_config.worker_cls
     if worker in WORKERS:

@@ -91,7 +91,10 @@ def test_used_it_sets_worker_processor_and_cache_key(smollm2):
         "vllm_flexquant.runtime.logits_processor:EntropyProcessor",
         "benchmarks.quality.teacher_forcing:TeacherForcing",
     ]
-    assert "flexquant_version" in found["additional"]
+    assert found["additional"]["flexquant_graph"]["layout"] == "4|2|2"
+    other = engine_config(smollm2, {"VLLM_FLEXQUANT_LAYOUT": "2|2|4"}, quantization="flexquant")
+    assert other["hash"] != found["hash"]
+    assert other["additional"]["flexquant_graph"]["layout"] == "2|2|4"
 
 
 def test_a_second_plugin_that_patches_the_same_place_lives_beside_it(smollm2, tmp_path):
@@ -125,7 +128,7 @@ def test_a_second_plugin_that_patches_the_same_place_lives_beside_it(smollm2, tm
     )
     found = engine_config(smollm2, {"PYTHONPATH": str(tmp_path)}, quantization="flexquant")
     assert found["additional"]["neighbour"] == 1
-    assert "flexquant_version" in found["additional"]
+    assert "flexquant_graph" in found["additional"]
     assert found["worker"].endswith("FlexCPUWorker")
 
 
