@@ -115,6 +115,26 @@ def switch_often(llm, params):
     raise AssertionError(f"only {changes} changes of width")
 
 
+def test_preempted_requests_all_finish(smollm2):
+    from vllm import SamplingParams
+
+    with running_engine(
+        smollm2,
+        quantization="flexquant",
+        max_model_len=512,
+        max_num_seqs=3,
+        num_gpu_blocks_override=6,
+        disable_log_stats=False,
+    ) as llm:
+        params = SamplingParams(temperature=0.0, max_tokens=300, ignore_eos=True)
+        outputs = llm.generate([f"Tell me about the number {i}." for i in range(4)], params)
+        assert [len(t) for t in tokens(outputs)] == [300] * 4
+        preempted = [m for m in llm.get_metrics() if m.name == "vllm:num_preemptions"]
+        assert sum(m.value for m in preempted) > 0
+        held = llm.collective_rpc(workers.remembered_requests)[0]
+        assert len(held) <= 3
+
+
 def small_checkpoint(folder, smollm2, config):
     """A random model of another shape with SmolLM2's tokenizer."""
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -102,6 +102,12 @@ def test_v2_batches_reach_the_controller(controller):
     assert controller.sequences.seen[2]
 
 
+def test_a_bad_floor_that_no_one_checked_runs_at_all_bits():
+    assert hooks._floor(SamplingParams(extra_args={"flexquant_min_bits": 6})) == 6
+    assert hooks._floor(SamplingParams(extra_args={"flexquant_min_bits": 60})) == 8
+    assert hooks._floor(None) == 0
+
+
 def test_v2_warm_up_batches_are_not_steps(controller):
     runner = SimpleNamespace(
         model_state=SimpleNamespace(prepare_inputs=lambda b: {}),

@@ -17,6 +17,16 @@ def test_slots_are_given_kept_and_taken_back():
     assert len(book) == 3
 
 
+def test_preempted_requests_give_way_when_slots_run_out():
+    book = SlotBook(2)
+    book.admit(["a", "b"])
+    assert book.admit(["c"]) == ["c"]  # a and b wait, preempted
+    assert list(book) == ["b", "c"]
+    assert book.admit(["d", "a"]) == ["d", "a"]
+    assert sorted(book) == ["a", "d"]
+    assert {book["a"], book["d"]} == {0, 1}
+
+
 def update(state, values, slots, decay=0.5):
     state.update(torch.tensor(values), torch.tensor(slots), decay)
 

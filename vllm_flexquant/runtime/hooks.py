@@ -10,9 +10,14 @@ from __future__ import annotations
 from functools import wraps
 from typing import Any
 
+from vllm.logger import init_logger
+
 from vllm_flexquant.config import request_floor
+from vllm_flexquant.format.layout import PARENT_BITS
 from vllm_flexquant.runtime.controller import Batch, Controller
 from vllm_flexquant.runtime.sequences import SlotBook
+
+logger = init_logger(f"vllm.{__name__}")
 
 
 def install(runner: Any, controller: Controller) -> None:
@@ -41,7 +46,7 @@ def _install_v1(runner: Any, controller: Controller) -> None:
         new = book.admit(ids)
         for request_id in new:
             params = runner.requests[request_id].sampling_params
-            floors[book[request_id]] = request_floor(params.extra_args if params else None)
+            floors[book[request_id]] = _floor(params)
         controller.sequences.forget([book[r] for r in new])
         slots = [book[r] for r in ids]
         computed, prompt = rows.num_computed_tokens_cpu[:count], rows.num_prompt_tokens[:count]
@@ -65,6 +70,19 @@ def _install_v1(runner: Any, controller: Controller) -> None:
     # costs a wait per step (vllm-project/vllm#52461); ours does not, and it goes first in the list
     if len(runner.vllm_config.model_config.logits_processors or ()) == 1:
         runner.input_batch.logitsprocs_need_output_token_ids = False
+
+
+def _floor(params: Any) -> int:
+    """The floor of a request that is already running: it must not fail now.
+
+    Requests are checked at admission by the logits processor, which vLLM does not load in every
+    configuration (speculative decoding on V1).
+    """
+    try:
+        return request_floor(params.extra_args if params else None)
+    except ValueError as error:
+        logger.warning_once("flexquant: %s; the request runs at all bits", error)
+        return PARENT_BITS
 
 
 def _install_v2(runner: Any, controller: Controller) -> None:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 
 import torch
 
@@ -27,9 +27,21 @@ class SlotBook:
     def __getitem__(self, request_id: str) -> int:
         return self._slots[request_id]
 
-    def admit(self, request_ids: Iterable[str]) -> list[str]:
-        """Give a slot to each request that has none; returns those."""
+    def admit(self, request_ids: Sequence[str]) -> list[str]:
+        """Give a slot to each request of a batch that has none; returns those.
+
+        Preempted requests keep their slots while there are enough; when there are not, those
+        waiting longest lose theirs, and start anew when they come back.
+
+        Args:
+            request_ids: not more than the capacity.
+        """
         new = [r for r in request_ids if r not in self._slots]
+        if len(new) > len(self._free):
+            batch = set(request_ids)
+            waiting = [r for r in self._slots if r not in batch]
+            for request_id in waiting[: len(new) - len(self._free)]:
+                self._free.append(self._slots.pop(request_id))
         for request_id in new:
             self._slots[request_id] = self._free.pop()
         return new
