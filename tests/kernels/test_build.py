@@ -192,25 +192,8 @@ def test_missing_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
         build.ensure_built()
 
 
-def test_one_openmp_runtime(native: str) -> None:
-    """In a process of its own: other tests load libraries that bring a runtime of theirs."""
-    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-c", OPENMP_RUNTIMES],
-        env=variables,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    )
-    runtimes = set(re.findall(r"\S*/lib(?:g|i)?omp[\w.-]*\.so\S*", done.stdout))
-    assert len(runtimes) == 1, runtimes
-
-
-def test_registering_again_changes_nothing() -> None:
-    before = torch.ops.flexquant.linear.default
-    ops._register()
-    code = REGISTER_AGAIN
+def run_python(code: str) -> str:
+    """What `code` prints in a process of its own, which must succeed."""
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -220,7 +203,21 @@ def test_registering_again_changes_nothing() -> None:
         timeout=60,
         check=True,
     )
-    assert done.stdout.strip() == "0.0"
+    return done.stdout
+
+
+def test_one_openmp_runtime(native: str) -> None:
+    """In a process of its own: other tests load libraries that bring a runtime of theirs."""
+    printed = run_python(OPENMP_RUNTIMES)
+    runtimes = set(re.findall(r"\S*/lib(?:g|i)?omp[\w.-]*\.so\S*", printed))
+    assert len(runtimes) == 1, runtimes
+
+
+def test_registering_again_changes_nothing() -> None:
+    before = torch.ops.flexquant.linear.default
+    ops._register()
+    printed = run_python(REGISTER_AGAIN)
+    assert printed.strip() == "0.0"
     assert torch.ops.flexquant.linear.default is before
 
 

@@ -157,13 +157,9 @@ class FlexQuantConfig(QuantizationConfig):
         if self.stored is not None:
             return StoredFlexLinearMethod(self, prefix)
         columns = getattr(layer, "input_size_per_partition", layer.input_size)
-        if choose_group_size(columns, self.options.group_size) is None:
-            sizes = ", ".join(str(g) for g in GROUP_SIZES if g <= self.options.group_size)
-            self._note_left_alone(
-                "layer", prefix, f"no group size of {sizes} divides its {columns} inputs"
-            )
-            return None
-        return OnlineFlexLinearMethod(self, prefix)
+        return (
+            OnlineFlexLinearMethod(self, prefix) if self._fits("layer", prefix, columns) else None
+        )
 
     def _output_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         from vllm_flexquant.runtime.linear import OnlineFlexLinearMethod, StoredFlexLinearMethod
@@ -178,13 +174,18 @@ class FlexQuantConfig(QuantizationConfig):
             return StoredFlexLinearMethod(self, prefix)
         if not self.options.output_layer or self._ignored(prefix):
             return None
-        columns = layer.input_size_per_partition
-        if choose_group_size(columns, self.options.group_size) is None:
-            self._note_left_alone(
-                "output layer", prefix, f"no group size divides its {columns} inputs"
-            )
-            return None
-        return OnlineFlexLinearMethod(self, prefix)
+        fits = self._fits("output layer", prefix, layer.input_size_per_partition)
+        return OnlineFlexLinearMethod(self, prefix) if fits else None
+
+    def _fits(self, kind: str, prefix: str, columns: int) -> bool:
+        """Whether a group size divides `columns`; a layer that none does is noted."""
+        if choose_group_size(columns, self.options.group_size) is not None:
+            return True
+        sizes = ", ".join(str(g) for g in GROUP_SIZES if g <= self.options.group_size)
+        self._note_left_alone(
+            kind, prefix, f"no group size of {sizes} divides its {columns} inputs"
+        )
+        return False
 
     def _ignored(self, prefix: str) -> bool:
         """Whether a layer, or all parts of a fused one, are to be left unquantized."""
