@@ -36,6 +36,8 @@ ENV_PREFIX = "VLLM_FLEXQUANT_"
 PROCESS_ENV = {
     "VLLM_FLEXQUANT_DISABLE": "1: the plugin registers nothing in this process",
     "VLLM_FLEXQUANT_CACHE": "folder of the compiled CPU kernels (default: the user's cache folder)",
+    "VLLM_FLEXQUANT_ISA": "highest instruction set that the CPU kernels may use, a name that "
+    "`flexquant kernels` lists (default: the best of the machine)",
 }
 """Environment variables that are not options of an engine."""
 

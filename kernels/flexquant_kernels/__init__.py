@@ -1,7 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kernels over nested 8-bit weights: packing, reference and the ``flexquant::`` operators."""
 
-from .ops import KernelChoice, NativeStatus, dispatch, load_native, native_status
+from .ops import (
+    KernelChoice,
+    NativeStatus,
+    clamped_calls,
+    dispatch,
+    load_native,
+    native_status,
+    row_paths,
+    select_isa,
+    supported_isas,
+)
 from .pack import (
     DEFAULT_LAYOUT,
     GROUP_SIZES,
@@ -27,6 +37,7 @@ __all__ = [
     "NativeStatus",
     "check_layout",
     "clamp_width",
+    "clamped_calls",
     "dequantize",
     "dispatch",
     "entropy",
@@ -37,6 +48,9 @@ __all__ = [
     "native_status",
     "pack_planes",
     "planes_for_width",
+    "row_paths",
+    "select_isa",
+    "supported_isas",
     "tile_plane",
     "tile_scales",
     "unpack_planes",

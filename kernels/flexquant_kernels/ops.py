@@ -12,12 +12,13 @@ Importing this module registers the operators and does nothing else: it neither 
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from . import reference
 from .cpu import build as cpu_build
+from .cpu import native
 from .pack import GROUP_SIZES, K_MULTIPLE, TILE, check_layout, clamp_width
 
 logger = logging.getLogger("vllm_flexquant.kernels")
@@ -37,6 +38,30 @@ _SCHEMAS = {
 }
 
 
+_clamped = 0  # reference calls of linear whose width was outside the layout
+_clamped_lock = threading.Lock()
+
+
+def _note_clamped(wanted: int, used: int, layout: Sequence[int]) -> None:
+    global _clamped
+    with _clamped_lock:
+        _clamped += 1
+        first = _clamped == 1
+    if first:
+        logger.warning(
+            "flexquant::linear was asked for width %d, which is not in layout %s, and uses %d; "
+            "further ones are counted, not reported",
+            wanted,
+            tuple(layout),
+            used,
+        )
+
+
+def clamped_calls() -> int:
+    """Calls of ``linear`` in this process whose width was outside the layout, on any path."""
+    return _clamped + native.clamped_calls()
+
+
 def _linear(
     x: torch.Tensor,
     planes: Sequence[torch.Tensor],
@@ -48,7 +73,10 @@ def _linear(
     out_features: int,
     tile: int,
 ) -> torch.Tensor:
-    bits = clamp_width(layout, int(width.item()))
+    wanted = int(width.item())
+    bits = clamp_width(layout, wanted)
+    if bits != wanted:
+        _note_clamped(wanted, bits, layout)
     return reference.linear(x, planes, scales, bits, bias, layout, group_size, out_features, tile)
 
 
@@ -155,8 +183,51 @@ def load_native(build: bool = True) -> NativeStatus:
                     error,
                 )
         else:
-            _status = NativeStatus(True, f"the native {isa} kernels are loaded", isa, str(path))
+            _status = NativeStatus(True, _loaded_reason(isa), isa, str(path))
         return _status
+
+
+def supported_isas() -> tuple[str, ...]:
+    """Instruction sets of the native CPU kernels on this machine, best first; () if not loaded."""
+    return native.supported_isas()
+
+
+def select_isa(isa: str) -> str:
+    """Let the native CPU kernels of this process use ``isa``, which is returned.
+
+    For tests and benchmarks: results are the same bits on all of them. What ``dispatch`` said of a
+    layer before keeps the name it gave.
+
+    Raises:
+        ValueError: unknown here or not supported; nothing changes.
+        RuntimeError: the native kernels are not loaded.
+    """
+    global _status
+    native.select_isa(isa)
+    with _lock:
+        if _status is not None:
+            _status = replace(_status, isa=isa, reason=_loaded_reason(isa))
+    return isa
+
+
+def _loaded_reason(isa: str) -> str:
+    return f"the native kernels are loaded and use {isa}"
+
+
+_FUSED = "fused: planes are unpacked into registers and multiplied at once"
+_PANEL = "blocked: a tile of planes is unpacked into a panel, and blocks of rows multiplied from it"
+_TILES = "AMX: a tile of planes is unpacked into a panel, which is one operand of a tile product"
+
+
+def row_paths(isa: str) -> list[tuple[str, str]]:
+    """(rows, what runs) of ``linear`` by number of rows, for an instruction set or ``none``."""
+    if isa not in native.ISAS:
+        return [("all", "plain torch: the weight is dequantized at every call")]
+    fused = 4 if isa in ("amx_int8", "avx512_vnni") else 2
+    return [
+        (f"1 to {fused}", _FUSED),
+        (f"{fused + 1} and more", _TILES if isa == "amx_int8" else _PANEL),
+    ]
 
 
 def dispatch(
@@ -189,7 +260,7 @@ def dispatch(
         )
     else:
         return KernelChoice(
-            "cpu_avx512_vnni",
+            f"cpu_{status.isa}",
             TILE,
             f"{status.isa} on {dtype}, [{n}, {k}], groups of {group_size}, layout {layout}",
         )

@@ -10,10 +10,14 @@ import torch
 from flexquant_kernels import (
     layout_widths,
     load_native,
+    native_status,
     pack_planes,
+    select_isa,
+    supported_isas,
     tile_plane,
     tile_scales,
 )
+from flexquant_kernels.cpu import native as native_isas
 
 LAYOUTS = [(4, 2, 2), (2, 2, 4), (2, 1, 1, 2, 2)]
 
@@ -99,6 +103,23 @@ def native() -> str:
         pytest.skip(f"native kernels not available: {status.reason}")
     assert status.path is not None
     return status.path
+
+
+@pytest.fixture
+def selected(native) -> Iterator[str]:
+    """The instruction set in use at the start of the test, selected again after it."""
+    before = native_status().isa
+    yield before
+    select_isa(before)
+
+
+@pytest.fixture(params=native_isas.isas_of_machine())
+def isa(request, selected) -> str:
+    """Each instruction set of this machine, selected; the others are skipped."""
+    if request.param not in supported_isas():
+        lacks = native_isas.why_not(request.param) or "the operating system does not offer it"
+        pytest.skip(f"{request.param} cannot run here: {lacks}")
+    return select_isa(request.param)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ def _truth(logits: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("rows", "vocab"), [(1, 1), (3, 7), (2, 16), (5, 4095), (2, 4097), (3, 49152), (70, 33)]
 )
-def test_against_fp64(rows: int, vocab: int, dtype: torch.dtype) -> None:
+def test_against_fp64(isa, rows: int, vocab: int, dtype: torch.dtype) -> None:
     for spread in (0.0, 0.1, 3.0, 60.0):
         logits = _logits(rows, vocab, spread).to(dtype)
         got = torch.ops.flexquant.entropy(logits)
@@ -29,7 +29,7 @@ def test_against_fp64(rows: int, vocab: int, dtype: torch.dtype) -> None:
         torch.testing.assert_close(got.double(), _truth(logits), rtol=3e-6, atol=3e-6)
 
 
-def test_masked_logits() -> None:
+def test_masked_logits(isa) -> None:
     logits = _logits(4, 10000)
     logits[0, torch.randperm(10000)[:9950]] = -torch.inf  # top-k
     logits[1, :9000] = -torch.inf  # whole chunks
@@ -40,7 +40,7 @@ def test_masked_logits() -> None:
     assert got[2] == 0
 
 
-def test_rows_without_a_distribution_are_nan() -> None:
+def test_rows_without_a_distribution_are_nan(isa) -> None:
     for place in (0, 4095, 4096, 9999):
         logits = _logits(4, 10000)
         logits[0] = -torch.inf
@@ -51,7 +51,7 @@ def test_rows_without_a_distribution_are_nan() -> None:
     assert torch.ops.flexquant.entropy(torch.empty(0, 9)).shape == (0,)
 
 
-def test_extreme_values() -> None:
+def test_extreme_values(isa) -> None:
     logits = torch.tensor(
         [[3e38, -3e38, 0.0], [-3e38, -3e38, -3e38], [1e4, 1e4, -1e4], [-200.0, -1e30, -200.0]]
     )
@@ -59,7 +59,7 @@ def test_extreme_values() -> None:
     torch.testing.assert_close(torch.ops.flexquant.entropy(logits), want, rtol=1e-6, atol=1e-6)
 
 
-def test_rows_are_independent_of_batch_threads_and_strides(threads) -> None:
+def test_rows_are_independent_of_batch_threads_and_strides(isa, threads) -> None:
     logits = _logits(9, 20000)
     threads(1)
     alone = torch.cat([torch.ops.flexquant.entropy(logits[i : i + 1]) for i in range(9)])
@@ -68,6 +68,22 @@ def test_rows_are_independent_of_batch_threads_and_strides(threads) -> None:
         assert torch.equal(torch.ops.flexquant.entropy(logits), alone)
         assert torch.equal(torch.ops.flexquant.entropy(logits[::2]), alone[::2])
         assert torch.equal(torch.ops.flexquant.entropy(logits.T.contiguous().T), alone)
+
+
+def test_logits_at_odd_addresses(isa) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        logits = _logits(3, 5003).to(dtype)
+        want = torch.ops.flexquant.entropy(logits)
+        for by in (1, 3, 7):
+            moved = logits.new_empty(logits.numel() + by)[by:].view(logits.shape).copy_(logits)
+            assert torch.equal(torch.ops.flexquant.entropy(moved), want)
+
+
+def test_nothing_is_left_over_from_the_call_before(isa) -> None:
+    logits = _logits(2, 5000)
+    want = torch.ops.flexquant.entropy(logits)
+    torch.ops.flexquant.entropy(torch.full((9, 30000), torch.nan))
+    assert torch.equal(torch.ops.flexquant.entropy(logits), want)
 
 
 def test_contract() -> None:

@@ -132,6 +132,19 @@ def test_status_and_trace_are_plain_values():
     assert trace[0]["entropy"] == pytest.approx(reference.entropy(logits(1.0, 3.0)).tolist())
 
 
+def test_status_counts_widths_outside_the_layout():
+    made = controller()
+    before = made.status()["clamped_widths"]
+    weight = [torch.zeros(1, 32 * bits // 8, dtype=torch.uint8) for bits in (4, 2, 2)]
+    scales = torch.ones(1, 1, 3, 2, dtype=torch.float16)
+    for width in (4, 5):
+        torch.ops.flexquant.linear(
+            torch.ones(1, 32), weight, scales, torch.tensor([width], dtype=torch.int32),
+            None, (4, 2, 2), 32, 1, 0,
+        )  # fmt: skip
+    assert made.status()["clamped_widths"] == before + 1
+
+
 def test_table_addresses_never_change():
     made = controller()
     view, address = made.table.tensor[2:3], made.table.tensor.data_ptr()

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -98,7 +97,7 @@ def kernels(
     ] = True,
 ) -> None:
     """Say which kernels this machine runs, and why."""
-    from flexquant_kernels import ops
+    from vllm_flexquant.cli.kernels import report
 
-    status = ops.load_native(build=build)
-    typer.echo(json.dumps(vars(status), indent=2))
+    for line in report(build):
+        typer.echo(line)

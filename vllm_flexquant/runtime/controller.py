@@ -181,6 +181,8 @@ class Controller:
 
     def status(self) -> dict[str, Any]:
         """What is in force now, as plain values (syncs a GPU)."""
+        from flexquant_kernels import ops
+
         assert self.table is not None
         layers, widths = self.table.layers, self.table.widths.tolist()
         average, seen = self.sequences.average.tolist(), self.sequences.seen.tolist()
@@ -193,6 +195,7 @@ class Controller:
             "mean_bits": mean_bits(layers, widths),
             "bytes_read_per_step": bytes_read(layers, widths),
             "request_floor_bits": self._floor_in_force,
+            "clamped_widths": ops.clamped_calls(),
             "entropy_nats": {request: average[s] for request, s in batch if seen[s]},
             "ladder": {
                 "source": "weight error (uncalibrated)",

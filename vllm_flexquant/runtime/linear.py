@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 logger = init_logger(f"vllm.{__name__}")
 
+_LINEAR = torch.ops.flexquant.linear.default
+
 _SAMPLED_ROWS = 256
 """Rows per layer from which the weight error at each width is taken."""
 
@@ -124,10 +126,12 @@ class FlexLinearMethod(LinearMethodBase):
     def apply(
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        return torch.ops.flexquant.linear(
+        # straight from the dict and by the overload: a third less time per call than by attributes
+        parameters = layer._parameters
+        return _LINEAR(
             x,
-            [getattr(layer, name) for name in self.plane_names],
-            layer.scales,
+            [parameters[name] for name in self.plane_names],
+            parameters["scales"],
             layer.flexquant_width,
             bias,
             self.layout.planes,

@@ -94,5 +94,6 @@ def _merge(ranks: list[dict[str, Any]]) -> dict[str, Any]:
     widths = [layer["width"] for layer in last["layers"]]
     total = sum(n * w for n, w in zip(weights, widths, strict=True))
     last["mean_bits"] = total / max(sum(weights), 1)
-    last["bytes_read_per_step"] = sum(rank["bytes_read_per_step"] for rank in ranks)
+    for name in ("bytes_read_per_step", "clamped_widths"):
+        last[name] = sum(rank[name] for rank in ranks)
     return last

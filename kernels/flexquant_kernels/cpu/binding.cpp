@@ -7,26 +7,18 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <atomic>
 #include <optional>
 
+#include "isa.h"
 #include "kernels.h"
 
 namespace flexquant {
-
-bool isa_supported() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") &&
-         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#else
-  return false;
-#endif
-}
-
 namespace {
 
 using at::Tensor;
+
+std::atomic<long long> clamped_calls{0};
 
 std::optional<Dtype> to_dtype(at::ScalarType type) {
   switch (type) {
@@ -84,6 +76,11 @@ Tensor linear_cpu(const Tensor& x, at::TensorList planes, const Tensor& scales, 
     ++a.planes_used;
     if (bits >= wanted) break;
   }
+  if (bits != wanted) {
+    clamped_calls.fetch_add(1, std::memory_order_relaxed);
+    TORCH_WARN_ONCE("flexquant: width ", wanted, " is not in layout [", layout, "]; such layers run at the next width "
+                    "the layout has, here ", bits, " (said once; the status of the server counts them)");
+  }
   TORCH_CHECK_VALUE(static_cast<int64_t>(planes.size()) >= a.planes_used, "width ", bits, " needs ", a.planes_used,
                     " planes but ", planes.size(), " were given: load the missing planes or choose a lower width");
   for (int i = 0; i < a.planes_used; ++i) {
@@ -115,7 +112,7 @@ Tensor linear_cpu(const Tensor& x, at::TensorList planes, const Tensor& scales, 
   }
 
   const Tensor rows = x.contiguous();
-  std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+  c10::SmallVector<int64_t, 4> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = a.n;
   Tensor out = at::empty(sizes, x.options());
   a.x = rows.const_data_ptr();
@@ -140,12 +137,13 @@ Tensor entropy_cpu(const Tensor& logits) {
 }  // namespace
 }  // namespace flexquant
 
-extern "C" __attribute__((visibility("default"))) int flexquant_isa_supported() {
-  return flexquant::isa_supported() ? 1 : 0;
+// Calls of linear since the library was loaded whose width is not in their layout.
+extern "C" __attribute__((visibility("default"))) long long flexquant_clamped_calls() {
+  return flexquant::clamped_calls.load(std::memory_order_relaxed);
 }
 
 TORCH_LIBRARY_IMPL(flexquant, CPU, m) {
-  if (!flexquant::isa_supported()) return;  // the reference keeps serving CPU tensors
+  if (flexquant::selected_isa() == flexquant::Isa::kNone) return;  // the reference keeps serving CPU tensors
   m.impl("linear", flexquant::linear_cpu);
   m.impl("entropy", flexquant::entropy_cpu);
 }

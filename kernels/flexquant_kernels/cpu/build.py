@@ -2,34 +2,39 @@
 """Builds the native CPU kernels once, caches them and loads them into torch.
 
 The library lies in ``VLLM_FLEXQUANT_CACHE`` (else ``$XDG_CACHE_HOME/vllm_flexquant/native``, else
-``~/.cache/vllm_flexquant/native``) under a hash of sources, flags, compiler, torch and Python. A
-digest file beside it guards against truncation: a damaged file is rebuilt, never mapped.
+``~/.cache/vllm_flexquant/native``) under a hash of all that its code must fit: sources, flags,
+torch, Python, C library. Which compiler made it is not part of that, so that a machine without one
+can use it; a record beside it (``.json``) says which it was, and holds the digest that guards
+against truncation: a damaged file is rebuilt, never mapped.
 
 OpenMP: sources are compiled with ``-fopenmp`` but linked without it, naming torch's own libgomp
 instead of the compiler's, so that the process keeps one OpenMP runtime and one thread pool.
 """
 
-import ctypes
 import hashlib
+import json
 import os
-import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 
-SOURCES = ("binding.cpp", "linear.cpp", "entropy.cpp")
-HEADERS = ("kernels.h", "simd.h")
+from . import native
+
 CACHE_VARIABLE = "VLLM_FLEXQUANT_CACHE"
-ISA = "avx512_vnni"
-_CPU_FLAGS = ("avx512f", "avx512bw", "avx512vl", "avx512_vnni")
+FLAGS_VARIABLE = "FLEXQUANT_CXXFLAGS"
+"""More compiler and linker flags, for those who work on the kernels; part of the hash."""
+
+_NOT_ON = {"x86_64": ("neon",), "aarch64": ("avx", "amx")}
+"""What the name of a source that is not for this kind of processor has after its last ``_``."""
 _LOCK_TIMEOUT_S = 600
 _COMPILE_TIMEOUT_S = 600
 
@@ -39,22 +44,17 @@ class NativeUnavailableError(RuntimeError):
 
 
 def _check_platform() -> None:
-    machine = platform.machine()
-    if sys.platform != "linux" or machine not in ("x86_64", "AMD64"):
+    known = native.isas_of_machine()
+    if sys.platform != "linux" or not known:
         raise NativeUnavailableError(
-            f"{sys.platform} on {machine} is not supported by the native CPU kernels"
+            f"{sys.platform} on {native.machine()} is not supported by the native CPU kernels"
         )
-    try:
-        cpuinfo = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return  # the library tests the CPU itself when it is loaded
-    flags = next(
-        (set(line.split()) for line in cpuinfo.splitlines() if line.startswith("flags")), None
-    )
-    missing = [f for f in _CPU_FLAGS if flags is not None and f not in flags]
-    if missing:
+    # What Linux does not list, the library finds out when it is loaded.
+    reasons = {isa: native.why_not(isa) for isa in known}
+    if all(reasons.values()):
+        least = known[-1]
         raise NativeUnavailableError(
-            f"this CPU lacks {', '.join(missing)}, which the native kernels need"
+            f"{reasons[least]}, which the least demanding of the native kernels, {least}, needs"
         )
 
 
@@ -68,6 +68,21 @@ def find_compiler() -> list[str] | None:
     return [found] if found else None
 
 
+def _require_compiler() -> list[str]:
+    compiler = find_compiler()
+    if compiler is None:
+        named = os.environ.get("CXX")
+        what = (
+            f"the compiler CXX={named} was not found"
+            if named
+            else "no C++ compiler (g++, c++, clang++) was found"
+        )
+        raise NativeUnavailableError(
+            f"{what}: install one (Debian, Ubuntu: apt install g++) or set CXX"
+        )
+    return compiler
+
+
 def _run(command: list[str]) -> str:
     try:
         done = subprocess.run(
@@ -78,7 +93,8 @@ def _run(command: list[str]) -> str:
             f"the compiler {command[0]} could not be run ({error})"
         ) from error
     if done.returncode:
-        tail = " | ".join(done.stderr.strip().splitlines()[:6])
+        lines = done.stderr.strip().splitlines()
+        tail = " | ".join([x for x in lines if "error" in x][:6] or lines[:6])
         raise NativeUnavailableError(f"{command[0]} failed with status {done.returncode}: {tail}")
     return done.stdout
 
@@ -89,47 +105,75 @@ def _torch_paths() -> tuple[list[str], Path]:
     return [str(include), str(include / "torch" / "csrc" / "api" / "include")], root / "lib"
 
 
-def _openmp_runtime(lib: Path) -> list[str]:
+def _openmp_runtime(lib: Path) -> str:
     """Linker input: the libgomp that torch brought, else the system's, as torch uses."""
     for folder in (lib, lib.parent.parent / "torch.libs"):
         found = sorted(folder.glob("libgomp*.so*"))
         if found:
-            return [str(found[0])]
-    return ["-lgomp"]
+            return str(found[0])
+    return "-lgomp"
 
 
-def _flags() -> tuple[list[str], list[str]]:
-    include, lib = _torch_paths()
+def _extra_flags() -> list[str]:
+    return shlex.split(os.environ.get(FLAGS_VARIABLE, ""))
+
+
+def _compile_flags() -> list[str]:
     # No contraction: results must not depend on which multiply-adds a compiler fuses.
-    compile_flags = [
+    return [
         "-std=c++20", "-O3", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-math-errno",
-        "-fvisibility=hidden", "-Wall",
+        "-fvisibility=hidden",
+        "-w",  # GCC 12 warns tens of thousands of times of its own intrinsics
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
-        *(f"-isystem{path}" for path in include),
+        *_extra_flags(),
     ]  # fmt: skip
-    link_flags = [
+
+
+def _link_flags(lib: Path) -> list[str]:
+    return [
         "-shared",
         f"-L{lib}",
         "-Wl,--no-as-needed",
         "-lc10",
         "-ltorch_cpu",
-        *_openmp_runtime(lib),
+        _openmp_runtime(lib),
+        *_extra_flags(),
     ]
-    return compile_flags, link_flags
 
 
 def _source_dir() -> Path:
     return Path(__file__).parent
 
 
-def library_name(compiler: list[str]) -> str:
-    """File name of the library: a hash of everything that its code depends on."""
+def source_files() -> list[Path]:
+    """C++ sources of this kind of processor; the name of a file says where it does not belong."""
+    foreign = _NOT_ON.get(native.machine(), ())
+    found = sorted(_source_dir().glob("*.cpp"))
+    return [f for f in found if not any(f"_{word}" in f.stem for word in foreign)]
+
+
+def _libc_version() -> str:
+    name = "CS_GNU_LIBC_VERSION"
+    return (os.confstr(name) or "") if name in os.confstr_names else ""
+
+
+def library_name() -> str:
+    """File name of the library: a hash of everything that its code must fit.
+
+    No paths, so that a cache may be built in one place and used in another.
+    """
     digest = hashlib.sha256()
-    for name in (*SOURCES, *HEADERS):
-        digest.update(name.encode() + b"\0" + (_source_dir() / name).read_bytes() + b"\0")
-    compile_flags, link_flags = _flags()
-    facts = [*compiler, _run([*compiler, "--version"]), *compile_flags, *link_flags]
-    facts += [torch.__version__, sys.implementation.cache_tag or "", platform.machine()]
+    for path in (*source_files(), *sorted(_source_dir().glob("*.h"))):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    facts = [
+        *_compile_flags(),
+        Path(_openmp_runtime(_torch_paths()[1])).name,
+        torch.__version__,
+        str(torch.version.git_version),
+        sys.implementation.cache_tag or "",
+        native.machine(),
+        _libc_version(),
+    ]
     digest.update("\0".join(facts).encode())
     return f"flexquant_cpu_{digest.hexdigest()[:20]}.so"
 
@@ -142,15 +186,33 @@ def cache_dir() -> Path:
     return Path(base).expanduser() / "vllm_flexquant" / "native"
 
 
+def _temporary_dir() -> Path:
+    """Where libraries go when the cache folder is not writable, the same for all processes."""
+    return Path(tempfile.gettempdir()) / f"vllm_flexquant_{os.getuid()}"
+
+
+def _is_private(folder: Path) -> bool:
+    """True for a folder that only this user can have put files into."""
+    try:
+        facts = folder.lstat()
+    except OSError:
+        return False
+    ours = facts.st_uid == os.getuid() and not facts.st_mode & 0o022
+    return stat.S_ISDIR(facts.st_mode) and ours
+
+
 def _writable_dir(folder: Path) -> Path:
-    """``folder`` if files can be made there, else a new private temporary folder."""
+    """``folder`` if files can be made there, else a private temporary folder."""
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except OSError as error:
+        shared = _temporary_dir()
         try:
-            return Path(tempfile.mkdtemp(prefix="vllm_flexquant_"))
+            with suppress(FileExistsError):
+                shared.mkdir(mode=0o700)
+            return shared if _is_private(shared) else Path(tempfile.mkdtemp(prefix=shared.name))
         except OSError:
             raise NativeUnavailableError(
                 f"neither the cache folder {folder} ({error.strerror}) nor a temporary folder is "
@@ -173,8 +235,17 @@ def _locked(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _digest_path(library: Path) -> Path:
-    return library.with_suffix(".sha256")
+def _record_path(library: Path) -> Path:
+    return library.with_suffix(".json")
+
+
+def read_record(library: Path) -> dict[str, str]:
+    """What was written after the build: ``sha256`` of the library, ``compiler``, ``command``."""
+    try:
+        record = json.loads(_record_path(library).read_text())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def _sha256(path: Path) -> str:
@@ -185,46 +256,51 @@ def _sha256(path: Path) -> str:
 def is_intact(library: Path) -> bool:
     """True when the library is there and matches the digest written after its build."""
     try:
-        return _digest_path(library).read_text().strip() == _sha256(library)
+        return read_record(library).get("sha256") == _sha256(library)
     except OSError:
         return False
 
 
+def parallelism() -> int:
+    """Compilers to run at a time: the cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
 def _compile(compiler: list[str], library: Path) -> None:
-    compile_flags, link_flags = _flags()
+    include, lib = _torch_paths()
+    flags = [*_compile_flags(), *(f"-isystem{path}" for path in include)]
+    sources = source_files()
     with tempfile.TemporaryDirectory(dir=library.parent, prefix="build_") as work:
-        objects = [Path(work) / f"{Path(name).stem}.o" for name in SOURCES]
+        objects = [Path(work) / f"{source.stem}.o" for source in sources]
         commands = [
-            [*compiler, *compile_flags, "-c", str(_source_dir() / name), "-o", str(target)]
-            for name, target in zip(SOURCES, objects, strict=True)
+            [*compiler, *flags, "-c", str(source), "-o", str(target)]
+            for source, target in zip(sources, objects, strict=True)
         ]
-        with ThreadPoolExecutor(max_workers=min(len(commands), os.cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(parallelism()) as pool:
             list(pool.map(_run, commands))
         built = Path(work) / "built.so"
-        _run([*compiler, *map(str, objects), *link_flags, "-o", str(built)])
-        digest = Path(work) / "digest"
-        digest.write_text(_sha256(built))
-        # A library without its digest counts as damaged: a crash between the two is safe.
+        _run([*compiler, *map(str, objects), *_link_flags(lib), "-o", str(built)])
+        record = {
+            "sha256": _sha256(built),
+            "compiler": _run([*compiler, "--version"]).partition("\n")[0],
+            "command": shlex.join([*compiler, *_compile_flags()]),
+        }
+        written = Path(work) / "record"
+        written.write_text(json.dumps(record, indent=2) + "\n")
+        # A library without its record counts as damaged: a crash between the two is safe.
         os.replace(built, library)
-        os.replace(digest, _digest_path(library))
+        os.replace(written, _record_path(library))
 
 
-def ensure_built(build: bool = True, force: bool = False) -> Path:
-    """Path of an intact library, compiled now when the cache has none (or ``force``)."""
+def ensure_built(build: bool = True, reject: Path | None = None) -> Path:
+    """Path of an intact library, compiled now when there is none.
+
+    Args:
+        reject: a library that is intact and still of no use; it is built anew.
+    """
     _check_platform()
-    compiler = find_compiler()
-    if compiler is None:
-        named = os.environ.get("CXX")
-        what = (
-            f"the compiler CXX={named} was not found"
-            if named
-            else "no C++ compiler (g++, c++, clang++) was found"
-        )
-        raise NativeUnavailableError(
-            f"{what}: install one (Debian, Ubuntu: apt install g++) or set CXX"
-        )
     try:
-        return _find_or_build(compiler, build, force)
+        return _find_or_build(build, reject)
     except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
         raise NativeUnavailableError(
             f"the native kernels could not be built ({error}): "
@@ -232,41 +308,67 @@ def ensure_built(build: bool = True, force: bool = False) -> Path:
         ) from error
 
 
-def _find_or_build(compiler: list[str], build: bool, force: bool) -> Path:
-    name = library_name(compiler)
-    cached = cache_dir() / name
-    if not force and is_intact(cached):
-        return cached
+def _find_or_build(build: bool, reject: Path | None) -> Path:
+    name = library_name()
+    folders = [cache_dir()]
+    if _is_private(_temporary_dir()):
+        folders.append(_temporary_dir())
+    for folder in folders:
+        if folder / name != reject and is_intact(folder / name):
+            return folder / name
     if not build:
         raise NativeUnavailableError(
-            f"the native kernels are not built in {cached.parent}: call load_native(build=True)"
+            f"the native kernels are not built in {folders[0]}: call load_native(build=True)"
         )
-    library = _writable_dir(cached.parent) / name
+    compiler = _require_compiler()
+    library = _writable_dir(folders[0]) / name
     with _locked(library):
-        if force or not is_intact(
-            library
-        ):  # another process may have built it while this one waited
+        # Another process may have built it while this one waited.
+        if library == reject or not is_intact(library):
             _compile(compiler, library)
     return library
 
 
+def _load_into_torch(path: Path) -> None:
+    """Register the kernels with torch.
+
+    Raises:
+        OSError, RuntimeError, AttributeError: the file is no library of these kernels.
+    """
+    torch.ops.load_library(str(path))
+    native.attach(path)
+
+
 def load(build: bool = True) -> tuple[Path, str]:
-    """Load the library into torch; (path, instruction set), or NativeUnavailableError."""
+    """Load the library into torch and select the instruction set; (path, instruction set).
+
+    Raises:
+        NativeUnavailableError: no library, or one that this machine cannot use.
+        ValueError: ``VLLM_FLEXQUANT_ISA`` names no instruction set.
+    """
+    native.wanted_isa()
     path = ensure_built(build=build)
     try:
-        torch.ops.load_library(str(path))
-    except (OSError, RuntimeError) as error:
+        _load_into_torch(path)
+    except (OSError, RuntimeError, AttributeError) as error:
+        failure = f"{path} does not load ({error})"
         if not build:
-            raise NativeUnavailableError(f"{path} does not load ({error})") from error
-        path = ensure_built(force=True)
+            raise NativeUnavailableError(failure) from error
         try:
-            torch.ops.load_library(str(path))
-        except (OSError, RuntimeError) as again:
+            path = ensure_built(reject=path)
+        except NativeUnavailableError as reason:
+            raise NativeUnavailableError(
+                f"{failure} and cannot be rebuilt, because {reason}"
+            ) from error
+        try:
+            _load_into_torch(path)
+        except (OSError, RuntimeError, AttributeError) as again:
             raise NativeUnavailableError(
                 f"{path} was rebuilt and still does not load ({again})"
             ) from again
-    supported = ctypes.CDLL(str(path)).flexquant_isa_supported
-    supported.restype = ctypes.c_int
-    if not supported():
-        raise NativeUnavailableError("this CPU or operating system does not offer AVX512-VNNI")
-    return path, ISA
+    if not native.supported_isas():
+        raise NativeUnavailableError(
+            "this CPU or operating system offers none of the instruction sets "
+            f"{', '.join(native.isas_of_machine())}"
+        )
+    return path, native.select_isa(native.choose_isa())

@@ -9,8 +9,8 @@ namespace flexquant {
 
 enum class Dtype : int { kFloat, kBFloat16, kHalf };
 
-constexpr int64_t kTile = 16;       // output rows per tile, one per 32-bit lane of a 512-bit vector
-constexpr int64_t kVector = 64;     // bytes per vector: 16 rows x 4 k
+constexpr int64_t kTile = 16;       // output rows per tile
+constexpr int64_t kVector = 64;     // bytes per vector of codes: 16 rows x 4 k
 constexpr int64_t kBlock = 32;      // k per block: 8 vectors of codes
 constexpr int64_t kMaxPlanes = 8;
 
@@ -39,11 +39,16 @@ struct EntropyArgs {
   int max_threads;
 };
 
-// False where the processor or the operating system lacks AVX512 F, BW, VL or VNNI.
-bool isa_supported();
-
+// On the instruction set that isa.h has selected; nothing happens without one.
 // Throw std::bad_alloc when scratch memory cannot be had; nothing else.
 void linear(const LinearArgs& args);
 void entropy(const EntropyArgs& args);
+
+// One source each. Calling one that the machine lacks is an illegal instruction.
+namespace amx { void linear(const LinearArgs& args); }
+namespace avx512 { void linear(const LinearArgs& args); void entropy(const EntropyArgs& args); }
+namespace avx_vnni { void linear(const LinearArgs& args); }
+namespace avx2 { void linear(const LinearArgs& args); void entropy(const EntropyArgs& args); }
+namespace neon { void linear(const LinearArgs& args); void entropy(const EntropyArgs& args); }
 
 }  // namespace flexquant

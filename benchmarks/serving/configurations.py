@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is measured: configurations, and the engines that they run in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.serving.checkpoints import SCHEMES, make_checkpoint
+from benchmarks.serving.engine import EngineSpec
+
+FLEX_ENGINE, FLEX_HEAD_ENGINE = "flexquant", "flexquant-bf16-output"
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One line of the results.
+
+    width: bits of every layer, in a flexquant engine. output_layer: whether it is quantized too.
+    limit: KL in nats per token above which the engine must be computing something else.
+    """
+
+    name: str
+    label: str
+    engine: str
+    width: int | None = None
+    output_layer: bool = False
+    limit: float = 2.0
+
+
+def _flexquant(width: int, output_layer: bool) -> Configuration:
+    engine = FLEX_ENGINE if output_layer else FLEX_HEAD_ENGINE
+    suffix = "" if output_layer else ", bf16 output"
+    label = f"flexquant {width} bit{suffix}"
+    return Configuration(f"{engine}-{width}", label, engine, width, output_layer)
+
+
+CONFIGURATIONS = {
+    configuration.name: configuration
+    for configuration in (
+        Configuration("bf16", "bf16", "bf16", limit=0.05),
+        Configuration("fp32", "fp32", "fp32", limit=0.001),
+        Configuration("w8a8", "W8A8", "w8a8", limit=0.5),
+        Configuration("w4a16", "W4A16", "w4a16"),
+        Configuration("w4a16-weights-only", "W4A16, weights only", "w4a16-weights-only"),
+        *(_flexquant(width, output_layer=True) for width in (4, 6, 8)),
+        *(_flexquant(width, output_layer=False) for width in (4, 8)),
+    )
+}
+
+QUICK = ("bf16", "w8a8", "flexquant-4", "flexquant-8")
+
+NOTES = (
+    "Engines run eagerly unless settings.compiled is true, each in a process of its own with the "
+    "engine core in it, on the cores and threads under engines.",
+    "So an engine computes on as many threads as it has cores, while `vllm serve` would bind its "
+    "worker to all but one.",
+    "flexquant quantizes the output layer too; W8A8 and W4A16 leave it in bf16, which is the "
+    "default of llm-compressor. The configurations named '... bf16 output' leave it too "
+    "(option output_layer=false).",
+    "All three widths of flexquant run in one engine, from one copy of the weights.",
+    "With AMX, vLLM computes W4A16 checkpoints with int8 activations (VLLM_CPU_INT4_W4A8, on by "
+    "default); 'W4A16, weights only' turns that off. engines.*.kernels says what ran.",
+)
+
+
+def default_names(flags: Sequence[str]) -> list[str]:
+    """All configurations that differ on a CPU with these flags (`provenance.machine`)."""
+    return [n for n in CONFIGURATIONS if n != "w4a16-weights-only" or "amx_tile" in flags]
+
+
+def engine_specs(
+    model: str, names: Sequence[str], folder: Path, compiled: bool
+) -> dict[str, EngineSpec]:
+    """The engines of the configurations `names`; checkpoints that they need are made in `folder`.
+
+    Args:
+        model: folder of an unquantized checkpoint.
+    """
+    specs = {}
+    for engine in dict.fromkeys(CONFIGURATIONS[name].engine for name in names):
+        served, dtype, arguments, environ = model, "bfloat16", {}, {}
+        if engine == "fp32":
+            dtype = "float32"
+        elif engine.startswith("flexquant"):
+            arguments["quantization"] = "flexquant"
+            quantized = json.dumps(engine == FLEX_ENGINE)
+            environ = {
+                "VLLM_FLEXQUANT_POLICY": "static",
+                "VLLM_FLEXQUANT_OUTPUT_LAYER": quantized,
+            }
+        elif engine != "bf16":
+            scheme = engine.removesuffix("-weights-only")
+            served = str(folder / scheme)
+            if not Path(served).exists():
+                make_checkpoint(Path(model), folder / scheme, SCHEMES[scheme])
+            if scheme != engine:
+                environ["VLLM_CPU_INT4_W4A8"] = "0"
+        specs[engine] = EngineSpec(engine, served, dtype, compiled, arguments, environ)
+    return specs

@@ -1,0 +1,25 @@
+// SPDX-License-Identifier: Apache-2.0
+// Entropy on AVX2.
+#include "common.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+#include "entropy.h"
+#include "simd_avx2.h"
+
+namespace flexquant::avx2 {
+void entropy(const EntropyArgs& a) { run_entropy<Avx2<false>>(a); }
+}  // namespace flexquant::avx2
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+#endif  // __x86_64__
