@@ -9,7 +9,7 @@ BIN := $(abspath $(VENV))/bin
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test test-fast lint format clean
+.PHONY: help setup demo test test-fast sanitize lint format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -17,7 +17,7 @@ help: ## this list
 	@echo "  VENV=$(VENV)  the environment that is built and used"
 	@echo "  PYTHON=$(PYTHON)  the Python that builds it"
 	@echo "  TORCH_INDEX=$(TORCH_INDEX)  index of PyTorch's CPU wheels, where pip is not set up to find them"
-	@echo "  ARGS=$(ARGS)  more arguments for demo, test and test-fast"
+	@echo "  ARGS=$(ARGS)  more arguments for demo, test, test-fast and sanitize"
 
 setup: ## build the environment when it is missing or out of date
 	@TORCH_INDEX='$(TORCH_INDEX)' $(PYTHON) tools/setup_env.py --venv '$(VENV)'
@@ -31,6 +31,9 @@ test: setup ## all tests
 test-fast: setup ## the tests that start no vLLM engine
 	$(BIN)/python -m pytest -m 'not engine' $(ARGS)
 
+sanitize: setup ## the kernel tests under AddressSanitizer and UBSan
+	$(BIN)/python tools/sanitize_kernels.py $(ARGS)
+
 lint: setup ## format, lint, types, spelling, rules of the repository
 	PATH='$(BIN)':"$$PATH" PRE_COMMIT_HOME=.cache/pre-commit pre-commit run --all-files
 
@@ -39,6 +42,6 @@ format: setup ## repair what can be repaired
 	$(BIN)/ruff format
 
 clean: ## remove build outputs and tool caches; the environment and the models stay
-	rm -rf build dist ./*.egg-info .hypothesis .cache/mypy .cache/ruff .cache/pytest .cache/pre-commit
+	rm -rf build dist ./*.egg-info .hypothesis .cache/mypy .cache/ruff .cache/pytest .cache/pre-commit .cache/sanitize
 	rm -rf demo/out benchmarks/out
 	find . -path './$(VENV)' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

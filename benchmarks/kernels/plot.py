@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.kernels.contenders import ALL_WIDTHS, flexquant_name
 from benchmarks.kernels.plain_read import read_name
-from benchmarks.kernels.targets import SHARE
+from benchmarks.kernels.targets import PLACES, SHARE
 from vllm_flexquant.format.layout import PlaneLayout
 
 LAYOUT_STYLES = {
@@ -28,7 +28,6 @@ BASELINE_STYLES = {
 ARK_COLOUR = "#4fb3bf"
 SHARE_BOUND = 0.8
 BITS = ALL_WIDTHS.widths
-PLACES = {"memory": "from memory", "cache": "in cache"}
 
 
 def plot_results(

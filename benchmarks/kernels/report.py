@@ -10,7 +10,11 @@ from rich import box
 from rich.table import Table
 
 from benchmarks.kernels.contenders import flexquant_name
+from benchmarks.kernels.targets import PLACES, place
 from vllm_flexquant.format.layout import PlaneLayout
+
+CLEAN_ENOUGH = 0.5
+"""Share of a cell's turns that should not have lost a CPU to others (see `timing.py`)."""
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -35,9 +39,8 @@ def speed_tables(cells: Sequence[dict[str, Any]]) -> list[Table]:
         chosen = [c for c in cells if (c["residence"], c["threads"]) == (residence, threads)]
         shown = [c for c in chosen if c["rows"] in (1, 16, 256)] or chosen
         names = list(dict.fromkeys(name for cell in shown for name in cell["time_us"]))
-        place = {"memory": "from memory", "cache": "in cache"}[residence]
         made = _table(
-            f"µs per call, {place}, {threads} thread{'s' * (threads > 1)} (columns: shape, rows)",
+            f"µs per call, {PLACES[residence]}, threads: {threads} (columns: shape, rows)",
             "",
             *(f"{cell['shape']}, {cell['rows']}" for cell in shown),
         )
@@ -78,19 +81,29 @@ def target_table(judged: Sequence[dict[str, Any]]) -> Table:
                 one["target"], one["layout"], str(one["bound"]), "not measured", "", "", ""
             )
             continue
-        worst = next(case for case in one["cases"] if case["value"] == one["worst"])
-        place = f"{worst['shape']}, {worst['rows']} rows, {worst['threads']} threads"
+        worst = one["worst"]
         sign = "≤" if one["bound_is"] == "at most" else "≥"
         made.add_row(
             one["target"],
             one["layout"],
             f"{sign} {one['bound']}",
             "met" if one["met"] else "NOT MET",
-            f"{one['cases_met']} of {len(one['cases'])}",
-            f"{one['worst']:.2f}",
-            f"{place}, {worst['residence']}",
+            f"{one['cases_met']} of {one['cases']}",
+            f"{worst['value']:.2f}",
+            place(worst),
         )
     return made
+
+
+def caution(cells: Sequence[dict[str, Any]]) -> str | None:
+    """A sentence when others used the machine so much that the times say little."""
+    disturbed = [cell for cell in cells if cell["clean_turns"] < CLEAN_ENOUGH]
+    if not disturbed:
+        return None
+    return (
+        f"The machine was busy: in {len(disturbed)} of {len(cells)} cells less than "
+        f"{CLEAN_ENOUGH:.0%} of the turns kept their CPUs. Repeat the run on an idle machine."
+    )
 
 
 def error_table(gates: dict[str, Any]) -> Table:

@@ -260,6 +260,8 @@ def main(arguments: list[str] | None = None) -> int:
         console.print(report.crossover_table(results["crossover"], chosen.layouts))
     if results["cells"]:
         console.print(report.target_table(results["targets"]))
+    if warning := report.caution([*results["cells"], *results["crossover"]]):
+        say(warning)
     return 0
 
 

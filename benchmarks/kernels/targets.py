@@ -15,6 +15,10 @@ DEFAULT_LAYOUT = "4|2|2"
 SHARE = "share of plain read"
 FULL_BITS = 8
 
+CELL_KEYS = ("shape", "rows", "threads", "residence", "clean_turns")
+
+PLACES = {"memory": "from memory", "cache": "in cache"}
+
 Cell = dict[str, Any]
 
 
@@ -106,7 +110,7 @@ def _cases(target: Target, layout: str, cells: Sequence[Cell]) -> Iterator[dict[
                     continue
                 value = target.value(ratios[label])
                 yield {
-                    **{key: cell[key] for key in ("shape", "rows", "threads", "residence")},
+                    **{key: cell[key] for key in CELL_KEYS},
                     "contender": name,
                     "against": label,
                     "value": round(value, 4),
@@ -114,13 +118,29 @@ def _cases(target: Target, layout: str, cells: Sequence[Cell]) -> Iterator[dict[
                 }
 
 
+def place(case: dict[str, Any]) -> str:
+    """Where a case was measured, in words."""
+    threads = f"{case['threads']} thread{'s' * (case['threads'] > 1)}"
+    rows = f"{case['rows']} row{'s' * (case['rows'] > 1)}"
+    return f"{case['shape']}, {rows}, {threads}, {PLACES[case['residence']]}"
+
+
+def _in_words(case: dict[str, Any]) -> str:
+    return f"{case['value']:.3g}: {case['contender']}, {place(case)}, {case['against']}"
+
+
 def judge(cells: Sequence[Cell], layouts: Sequence[str]) -> list[dict[str, Any]]:
-    """Each target on each layout, with its cases; one without a case is `met: None`."""
+    """Each target on each layout.
+
+    Returns:
+        Entries with the number of `cases` and of those that met it, the `worst` case, and a line
+        for each `unmet` one; `met` is None where nothing was measured.
+    """
     judged = []
     for layout in sorted(layouts, key=lambda text: text != DEFAULT_LAYOUT):
         for target in targets(PlaneLayout.parse(layout).widths):
             cases = list(_cases(target, layout, cells))
-            values = [case["value"] for case in cases]
+            choose = max if target.at_most else min
             judged.append(
                 {
                     "target": target.name,
@@ -128,9 +148,10 @@ def judge(cells: Sequence[Cell], layouts: Sequence[str]) -> list[dict[str, Any]]
                     "bound": target.bound,
                     "bound_is": "at most" if target.at_most else "at least",
                     "met": all(case["met"] for case in cases) if cases else None,
+                    "cases": len(cases),
                     "cases_met": sum(case["met"] for case in cases),
-                    "cases": cases,
-                    "worst": (max if target.at_most else min)(values, default=None),
+                    "worst": choose(cases, key=lambda case: case["value"], default=None),
+                    "unmet": [_in_words(case) for case in cases if not case["met"]],
                 }
             )
     return judged

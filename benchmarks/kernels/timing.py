@@ -245,12 +245,12 @@ def ratio(times: Times, name: str, to: str) -> float:
 
 
 def _comparable(contender: Contender, other: Contender) -> bool:
-    """Unquantized kernels, and those of the same or the next higher number of bits."""
-    if other.family == "read":
+    """bf16 kernels, and those of the same or the next higher number of bits."""
+    if other.family == "read" or other.bits == 32:
         return False
     if other.family == "ark":
         return other.bits == contender.bits
-    return other.bits >= 16 or other.bits == (4 if contender.bits <= 4 else 8)
+    return other.bits == 16 or other.bits == (4 if contender.bits <= 4 else 8)
 
 
 def compare(times: Times, contenders: Sequence[Contender]) -> dict[str, dict[str, float]]:

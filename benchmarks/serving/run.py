@@ -49,6 +49,7 @@ from benchmarks.serving.summary import (
 )
 from demo.get_model import ModelError, get_model
 
+BATCHES = (1, 4, MAX_ROWS)
 PROMPT, TOKENS, PREFILL = 32, 64, 256
 SCORED_PROMPT, SCORED_TOKENS = 16, 97
 RESULTS = ROOT / "benchmarks" / "results"
@@ -63,7 +64,7 @@ def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="2 rounds, 4 configurations")
     parser.add_argument("--compiled", action="store_true", help="torch.compile in every engine")
     parser.add_argument("--rounds", type=int)
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, MAX_ROWS])
+    parser.add_argument("--batches", type=int, nargs="+")
     parser.add_argument("--configurations", nargs="+", choices=CONFIGURATIONS, metavar="NAME")
     parser.add_argument("--checkpoints", type=Path, help="keep the quantized checkpoints here")
     parser.add_argument(
@@ -72,11 +73,12 @@ def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="default: benchmarks/results/serving-cpu.json; not for a part of the measurement",
     )
     options = parser.parse_args(arguments)
+    parts = (options.quick, options.configurations, options.batches, options.rounds is not None)
+    options.batches = options.batches or list(BATCHES)
     if min(options.batches) < 1 or max(options.batches) > MAX_ROWS:
         parser.error(f"--batches: {options.batches} are not all from 1 to {MAX_ROWS}")
-    partial = options.quick or options.configurations or options.rounds is not None
     if options.out is None:
-        folder = ROOT / "benchmarks" / "out" if partial else RESULTS
+        folder = ROOT / "benchmarks" / "out" if any(parts) else RESULTS
         options.out = folder / f"serving-cpu{'-compiled' if options.compiled else ''}.json"
     names = options.configurations or (
         QUICK if options.quick else default_names(machine()["flags"])
@@ -125,7 +127,7 @@ def measure(
         for configuration in shuffled(configurations, f"{number} prefill"):
             with watch.measuring(configuration.engine) as engine:
                 answer = engine.ask("prefill", prompt=long_prompt, width=configuration.width)
-            prefill[configuration.name].append(answer["seconds"])
+            prefill[configuration.name].append(median(answer["seconds"]))
         console.print(f"  round {number + 1} of {options.rounds}")
     return decode, prefill, watch.summary()
 
@@ -265,6 +267,8 @@ def main() -> None:
         try:
             with running(list(specs.values()), folder) as engines:
                 engine_facts = {name: engine.facts for name, engine in engines.items()}
+                if len({(f["threads"], *f["cores"]) for f in engine_facts.values()}) > 1:
+                    raise SystemExit(f"engines differ in threads or cores: {engine_facts}")
                 console.print("correctness gate")
                 quality, wrong = gate.run_gate(engines, configurations, sequences, planes, folder)
                 show_gate(quality, wrong, console)

@@ -93,8 +93,8 @@ def test_gate_is_red(name, values, words):
 def test_a_part_of_the_measurement_does_not_overwrite_the_results():
     assert run.read_options([]).out == run.RESULTS / "serving-cpu.json"
     assert run.read_options(["--compiled"]).out == run.RESULTS / "serving-cpu-compiled.json"
-    for part in (["--quick"], ["--configurations", "w8a8"], ["--rounds", "9"]):
-        assert run.RESULTS not in run.read_options(part).out.parents
+    for part in ("--quick", "--configurations w8a8", "--rounds 9", "--batches 1 16"):
+        assert run.RESULTS not in run.read_options(part.split()).out.parents
 
 
 def test_bf16_is_always_there_and_rows_have_a_bound(capsys):

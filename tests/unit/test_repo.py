@@ -73,6 +73,7 @@ def test_ignored_files_are_not_checked(tmp_path):
         ("demo", "-m demo.run --quick"),
         ("test", "-m pytest --quick"),
         ("test-fast", "-m pytest -m 'not engine' --quick"),
+        ("sanitize", "tools/sanitize_kernels.py --quick"),
         ("lint", "pre-commit run --all-files"),
     ],
 )
@@ -92,12 +93,17 @@ def test_help_is_the_default_and_lists_every_target():
         assert f"make {target} " in listing
 
 
-def test_ci_runs_lint_and_test():
+def test_ci_runs_lint_test_and_sanitize():
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
     text = script.read_text()
     assert "set -euo pipefail" in text
-    assert re.findall(r"^step (.*)$", text, re.MULTILINE) == ["make lint", "make test"]
+    assert re.findall(r"^step (.*)$", text, re.MULTILINE) == [
+        "cross_tools",
+        "make lint",
+        "make test",
+        "make sanitize",
+    ]
 
 
 def test_setup_is_skipped_only_when_nothing_changed(tmp_path):
