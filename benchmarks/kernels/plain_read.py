@@ -24,7 +24,7 @@ from flexquant_kernels.cpu.build import find_compiler
 SOURCE = Path(__file__).with_name("plain_read.cpp")
 STREAMS = (1, 2, 4, 8)
 TRIAL_BYTES = 4 << 20
-TRIAL_BUFFER = 512 << 20
+TRIAL_BUFFER = 1 << 30
 TRIAL_ROUNDS = 25
 
 Read = Callable[[int, int], int]

@@ -9,7 +9,8 @@ from typing import Any
 
 from benchmarks.kernels.contenders import ALL_WIDTHS, flexquant_name
 from benchmarks.kernels.plain_read import read_name
-from benchmarks.kernels.targets import PLACES, SHARE
+from benchmarks.kernels.targets import PLACES
+from benchmarks.kernels.timing import SHARE
 from vllm_flexquant.format.layout import PlaneLayout
 
 LAYOUT_STYLES = {

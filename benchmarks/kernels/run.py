@@ -46,6 +46,9 @@ CROSSOVER_SHAPES = [(1536, 576), (4096, 4096)]
 CROSSOVER_ROWS = list(range(1, 17))
 LAYOUTS = ["4|2|2", "2|1|1|2|2", "2|2|4"]
 BASELINES = ["torch", "vllm", "ark"]
+COPIES_MB = 9216
+RESULTS = Path("benchmarks", "results", "kernels-cpu.json")
+PART = Path("benchmarks", "out", "kernels-cpu.json")
 HEAP_KEPT = 1 << 32
 LARGEST_HEAP_BLOCK = 32 << 20
 
@@ -68,6 +71,14 @@ def layout(text: str) -> str:
         return str(PlaneLayout.parse(text))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def available_mb() -> int:
+    """Memory that processes can still take without swapping."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) >> 10
+    raise RunError("/proc/meminfo does not say how much memory is available")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -93,11 +104,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--memory-mb", type=int, default=1024, help="read between two uses of one copy"
     )
+    parser.add_argument("--copies-mb", type=int, help="memory for copies of weights, at most")
     parser.add_argument(
-        "--copies-mb", type=int, default=9216, help="memory for copies of weights, at most"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=ROOT / "benchmarks" / "results" / "kernels-cpu.json"
+        "--out", type=Path, help=f"JSON; the plot beside it (default: {RESULTS}, of a part {PART})"
     )
     parser.add_argument("--no-plot", action="store_true")
     chosen = parser.parse_args(arguments)
@@ -111,6 +120,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "layouts": LAYOUTS[:1] if quick else LAYOUTS,
         "rounds": 9 if quick else 25,
         "seconds": 1.0 if quick else 4.0,
+        "copies_mb": min(COPIES_MB, available_mb() // 2),
+        "out": ROOT / (PART if quick or chosen.only else RESULTS),
     }
     for name, value in defaults.items():
         if getattr(chosen, name) is None:

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.kernels.contenders import flexquant_name
-from benchmarks.kernels.timing import BEST, EIGHT_BIT
+from benchmarks.kernels.timing import BEST, EIGHT_BIT, SHARE
 from vllm_flexquant.format.layout import PlaneLayout
 
 DEFAULT_LAYOUT = "4|2|2"
-SHARE = "share of plain read"
 FULL_BITS = 8
 
 CELL_KEYS = ("shape", "rows", "threads", "residence", "clean_turns")

@@ -45,6 +45,7 @@ PATIENCE = 2
 
 EIGHT_BIT = "same layout at 8 bit"
 BEST = "best of vLLM"
+SHARE = "share of plain read"
 
 
 class BudgetError(ValueError):
@@ -257,7 +258,7 @@ def compare(times: Times, contenders: Sequence[Contender]) -> dict[str, dict[str
     """For each of our kernels, how many times faster it is than what it is compared with.
 
     `EIGHT_BIT` is the same layout at 8 bits, `BEST` the vLLM kernel with the lowest median at any
-    width. `share of plain read` is against a read of as many bytes in the same rounds.
+    width. `SHARE` is against a read of as many bytes in the same rounds.
     """
     vllm = [c.name for c in contenders if c.family == "vllm"]
     best = min(vllm, key=lambda name: median(typical(times[name]))) if vllm else None
@@ -278,5 +279,5 @@ def compare(times: Times, contenders: Sequence[Contender]) -> dict[str, dict[str
             others[EIGHT_BIT] = eight
         found[name] = {label: ratio(times, name, to) for label, to in others.items()}
         if (read := read_name(contender.bits)) in times:
-            found[name]["share of plain read"] = ratio(times, name, read)
+            found[name][SHARE] = ratio(times, name, read)
     return found

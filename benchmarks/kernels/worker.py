@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The process that runs kernels: one for the gate, one for each number of threads.
 
-`run.py` starts it with a plan, a JSON object, as its only argument.
-oneDNN, ARK and vLLM's kernels decide about threads when they are loaded or prepare weights, so a
-process keeps its number of threads.
+`run.py` starts it with a plan, a JSON object, as its only argument. oneDNN, ARK and vLLM's kernels
+decide about threads when they are loaded or prepare weights, so a process keeps its number.
 """
 
 from __future__ import annotations
@@ -214,6 +213,8 @@ def run_timing(plan: Plan) -> tuple[dict[str, Any], list[str]]:
             reads = [read_contender(read, width, sizes[width]) for width in sorted(sizes)]
             for count in plan.memory_rows:
                 timed = timing.time_from_memory([*everyone, *reads], x[:count], budget, bandwidth)
+                if timed[1]["reuse_mb"] * 1e6 < budget.reuse_bytes:
+                    say(f"  only {timed[1]['reuse_mb']} MB are read between uses (--copies-mb)")
                 compared = timing.compare(timed[0], [*everyone, *reads])
                 cells.append(
                     _cell(name, count, plan.threads, "memory", timed) | {"faster_than": compared}

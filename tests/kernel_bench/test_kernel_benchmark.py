@@ -332,6 +332,9 @@ def test_quick_means_less():
     assert set(quick.shapes) < set(full.shapes)
     assert quick.layouts == ["4|2|2"]
     assert run.parse(["--quick", "--rows", "3"]).rows == [3]
+    # what is kept in the repository is only overwritten by a whole run
+    assert (full.out, quick.out) == (run.ROOT / run.RESULTS, run.ROOT / run.PART)
+    assert run.parse(["--only", "crossover"]).out == run.ROOT / run.PART
 
 
 def test_ark_that_is_missing_is_a_sentence(monkeypatch):

@@ -4,7 +4,7 @@
 //
 //     driver isas                      the instruction sets of this machine, comma-separated
 //     driver overrun                   reads one byte too many; must be killed
-//     driver ISA INPUT OUTPUT          the cases of INPUT (see cases.py), their outputs to OUTPUT
+//     driver ISA INPUT OUTPUT          the cases of INPUT (written by test_emulated.py), their outputs to OUTPUT
 //
 // Every case runs twice: each buffer flush with the end of its pages, then with their beginning.
 #include <sys/mman.h>
