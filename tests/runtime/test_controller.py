@@ -159,3 +159,24 @@ def test_other_layouts(layout):
     made = controller(layout=PlaneLayout.parse(layout))
     made.update({"level": 0})
     assert widths(made) == [2] * LAYERS
+
+
+def test_a_pinned_table_follows_floors_and_the_operator_and_is_else_left_alone():
+    made = controller(policy="static", width=4)
+    made.before_forward(batch("a"))
+    assert set(widths(made)) == {4}
+    version = made.table.tensor._version
+    made.before_forward(batch("a"))
+    assert made.table.tensor._version == version
+    made.before_forward(batch("ab", floors=[0, 6]))
+    assert set(widths(made)) == {6}
+    made.before_forward(batch("a"))
+    assert set(widths(made)) == {4}
+    made.update({"width": 8})
+    made.before_forward(batch("a"))
+    assert set(widths(made)) == {8}
+    made.update({"policy": "entropy"})
+    made.before_forward(batch("ab", floors=[0, 6]))
+    made.update({"width": 4})
+    made.before_forward(batch("a"))
+    assert set(widths(made)) == {4}

@@ -27,8 +27,8 @@ def test_preempted_requests_give_way_when_slots_run_out():
     assert {book["a"], book["d"]} == {0, 1}
 
 
-def update(state, values, slots, decay=0.5):
-    state.update(torch.tensor(values), torch.tensor(slots), decay)
+def update(state, values, slots, decay=0.5, drafted=False):
+    state.update(torch.tensor(values), torch.tensor(slots), decay, drafted)
 
 
 def test_average_starts_with_the_first_entropy_and_decays():
@@ -58,7 +58,7 @@ def test_discarded_rows_touch_no_sequence():
 
 def test_drafted_rows_count_their_largest():
     state = SequenceEntropy(2, torch.device("cpu"))
-    update(state, [1.0, 4.0, 2.0], [0, 0, 1])
+    update(state, [4.0, 1.0, 2.0], [0, 0, 1], drafted=True)
     assert state.average[:2].tolist() == [4.0, 2.0]
 
 

@@ -62,6 +62,8 @@ class Controller:
         self.slot_floors: dict[int, int] = {}
         """Lowest width in bits that the request in each slot asked for."""
         self._floor_in_force = 0
+        self._written_floor: int | None = None
+        """Under a pinned policy: the floor with which the table was written last."""
         self._batch: Batch | None = None
         self._trace: deque[StepRecord] = deque(maxlen=options.trace_steps)
         self._entropy_op: Callable[[torch.Tensor], torch.Tensor] | None = None
@@ -102,6 +104,7 @@ class Controller:
     def _adopt(self, options: FlexQuantOptions) -> None:
         self.policy = make_policy(options, len(self.ladder))
         self.options = options
+        self._written_floor = None
         if self._pinned:
             nothing = self.sequences.seen[:0]
             self.last = self.policy.decide(StepSignals(nothing.float(), nothing), self.last)
@@ -111,20 +114,33 @@ class Controller:
     def before_forward(self, batch: Batch) -> None:
         """Decide the widths of this step and write the table."""
         self._batch = batch
+        self._floor_in_force = max(batch.floors, default=0)
+        if self._pinned:
+            self._write_pinned()
+        else:
+            self._decide(batch)
+        if self.options.trace_steps:
+            self._record(batch)
+        self.steps += 1
+
+    def _decide(self, batch: Batch) -> None:
         decoding = [s for s, p in zip(batch.slots, batch.prompt, strict=True) if not p]
         if decoding:
             slots = self._index(decoding)
             signals = StepSignals(self.sequences.average[slots], self.sequences.seen[slots])
             self.last = self.policy.decide(signals, self.last)
-        if any(batch.prompt) and self.options.prefill == "full" and not self._pinned:
+        if any(batch.prompt) and self.options.prefill == "full":
             widths = self._full
         else:
             widths = self._rungs.index_select(0, self.last.level)[0]
-        self._floor_in_force = max(batch.floors, default=0)
         self._write(self._bounded(widths, self._floor_in_force))
-        if self.options.trace_steps:
-            self._record(batch)
-        self.steps += 1
+
+    def _write_pinned(self) -> None:
+        """The level was decided when the policy was adopted; only a floor can change the table."""
+        if self._written_floor != self._floor_in_force:
+            rung = self._rungs.index_select(0, self.last.level)[0]
+            self._write(self._bounded(rung, self._floor_in_force))
+            self._written_floor = self._floor_in_force
 
     def after_logits(self, logits: torch.Tensor, slots: torch.Tensor | None = None) -> None:
         """Take in the logits of the step that `before_forward` announced.
@@ -136,13 +152,14 @@ class Controller:
         batch = self._batch
         if batch is None or self._entropy_op is None:
             return
+        drafted = slots is not None
         if slots is None:
             if len(logits) != len(batch.slots):
                 return
             pairs = zip(batch.slots, batch.discarded, strict=True)
             slots = self._index([self.sequences.discard if d else s for s, d in pairs])
         entropy = self._entropy_op(logits)
-        self.sequences.update(entropy, slots, self.options.entropy_decay)
+        self.sequences.update(entropy, slots, self.options.entropy_decay, drafted)
         if self.options.trace_steps and self._trace:
             self._trace[-1].entropy = entropy.tolist()
 

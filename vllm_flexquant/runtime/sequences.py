@@ -76,19 +76,23 @@ class SequenceEntropy:
             index = torch.tensor(slots, dtype=torch.long).to(self.seen.device, non_blocking=True)
             self.seen.index_fill_(0, index, False)
 
-    def update(self, entropy: torch.Tensor, slots: torch.Tensor, decay: float) -> None:
+    def update(
+        self, entropy: torch.Tensor, slots: torch.Tensor, decay: float, drafted: bool = False
+    ) -> None:
         """Take in the entropies of a step.
 
         Args:
             entropy: fp32 [rows] nats.
-            slots: int64 [rows]. A sequence with several rows (drafted tokens) counts its largest.
+            slots: int64 [rows].
             decay: weight of the past; NaN in the past or the present is not averaged away but
                 replaced by the present.
+            drafted: a sequence may have several rows (drafted tokens), and counts its largest.
         """
-        newest = torch.full_like(self.average, -torch.inf)
-        newest.scatter_reduce_(0, slots, entropy, "amax")
-        hit = newest != -torch.inf
-        mixed = decay * self.average + (1 - decay) * newest
-        keep = self.seen & torch.isfinite(self.average) & torch.isfinite(newest)
-        self.average.copy_(torch.where(hit, torch.where(keep, mixed, newest), self.average))
-        self.seen |= hit
+        if drafted:
+            largest = torch.full_like(self.average, -torch.inf)
+            entropy = largest.scatter_reduce_(0, slots, entropy, "amax")[slots]
+        before = self.average[slots]
+        mixed = torch.lerp(entropy, before, decay)
+        keep = self.seen[slots] & torch.isfinite(mixed)
+        self.average[slots] = torch.where(keep, mixed, entropy)
+        self.seen[slots] = True
