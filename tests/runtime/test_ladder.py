@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
+import pytest
 import torch
 
 from vllm_flexquant.format import PlaneLayout
-from vllm_flexquant.runtime.ladder import build_ladder
+from vllm_flexquant.format.record import CalibrationRecord
+from vllm_flexquant.runtime.ladder import build_ladder, calibrated_ladder
 from vllm_flexquant.runtime.table import LayerRecord, WeightError
 
 
@@ -49,3 +51,55 @@ def test_ranks_with_shards_and_stages_agree_level_by_level():
     both = build_ladder([*first, *second])
     assert len(ladders[0]) == len(ladders[1]) == len(both)
     assert torch.equal(torch.cat([ladder.widths for ladder in ladders], dim=1), both.widths)
+
+
+def calibration(units, steps):
+    count = len(steps) + 1
+    return CalibrationRecord.model_validate(
+        {
+            "text": {"text": "mix"},
+            "units": [{"layers": names, "weights": 64} for names in units],
+            "ladder": {
+                "search": "greedy",
+                "steps": [{"unit": u, "width": w} for u, w in steps],
+                "rungs": [
+                    {
+                        "steps": i,
+                        "mean_bits": 8,
+                        "bytes_read": 1,
+                        "kl_nats": i / 10,
+                        "measured": True,
+                    }
+                    for i in range(count)
+                ],
+            },
+        }
+    )
+
+
+FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+STEPS = [(1, 6), (0, 6), (1, 4), (0, 4)]
+UNITS = [["m.q_proj", "m.k_proj", "m.v_proj"], ["m.o_proj"]]
+
+
+def test_calibrated_ladder_follows_the_record_for_fused_layers_too():
+    layers = [layer("m.qkv_proj", 1.0), layer("m.o_proj", 9.0)]
+    ladder = calibrated_ladder(layers, calibration(UNITS, STEPS), FUSED)
+    assert ladder.widths.tolist() == [[4, 4], [6, 4], [6, 6], [8, 6], [8, 8]]
+    assert ladder.kl_nats == (0.4, 0.3, 0.2, 0.1, 0.0)
+    assert ladder.source == "KL on mix (greedy)"
+
+
+def test_a_rank_that_lacks_layers_has_the_same_levels():
+    record = calibration(UNITS, STEPS)
+    ladder = calibrated_ladder([layer("m.o_proj", 1.0)], record, FUSED)
+    assert ladder.widths.tolist() == [[4], [4], [6], [6], [8]]
+
+
+def test_a_record_of_another_model_is_refused():
+    record = calibration(UNITS, STEPS)
+    with pytest.raises(ValueError, match=r"does not know layer m\.up_proj"):
+        calibrated_ladder([layer("m.up_proj", 1.0)], record, FUSED)
+    split = calibration([["m.q_proj"], ["m.k_proj", "m.v_proj"]], STEPS)
+    with pytest.raises(ValueError, match=r"vLLM fuses m\.q_proj, m\.k_proj, m\.v_proj into"):
+        calibrated_ladder([layer("m.qkv_proj", 1.0)], split, FUSED)

@@ -157,7 +157,7 @@ def validate_checkpoint(folder: Path, verify: bool = True) -> dict[str, tuple[in
     entries: dict[str, TensorEntry] = {}
     for file in _weight_files(folder):
         entries |= read_header(file)
-    recorded = _sidecar(folder)
+    recorded = read_sidecar(folder)
     for name, digest in recorded.get("files", {}).items():
         if not (folder / name).exists():
             raise ValueError(f"{folder} lacks {name}, which {SIDECAR} lists; copy it again")
@@ -197,7 +197,12 @@ def _validate_module(
     return rows, columns
 
 
-def _sidecar(folder: Path) -> dict[str, Any]:
+def read_sidecar(folder: Path) -> dict[str, Any]:
+    """The content of `flexquant.json`, empty where there is none.
+
+    Raises:
+        ValueError: it is not JSON.
+    """
     file = folder / SIDECAR
     if not file.exists():
         return {}

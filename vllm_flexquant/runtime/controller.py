@@ -15,7 +15,14 @@ from typing import Any
 import torch
 
 from vllm_flexquant.config import FlexQuantOptions, PolicyUpdate
-from vllm_flexquant.runtime.ladder import Ladder, build_ladder, bytes_read, mean_bits
+from vllm_flexquant.format.record import CalibrationRecord
+from vllm_flexquant.runtime.ladder import (
+    Ladder,
+    build_ladder,
+    bytes_read,
+    calibrated_ladder,
+    mean_bits,
+)
 from vllm_flexquant.runtime.policy import Decision, StepSignals, make_policy
 from vllm_flexquant.runtime.sequences import SequenceEntropy, SlotBook
 from vllm_flexquant.runtime.table import PrecisionTable, WeightError
@@ -80,16 +87,27 @@ class Controller:
             torch.zeros(1, dtype=torch.int32, device=device),
         )
 
-    def start(self, errors: Mapping[str, WeightError] | None = None) -> None:
+    def start(
+        self,
+        errors: Mapping[str, WeightError] | None = None,
+        calibration: CalibrationRecord | None = None,
+        fused: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
         """Build ladder and policy once all layers are loaded.
 
         Args:
-            errors: as `build_ladder`.
+            errors: as `build_ladder`, which is used where there is no `calibration`.
+            fused: as `calibrated_ladder`.
         """
         from flexquant_kernels import ops  # noqa: F401 - registers the operators
 
         assert self.table is not None
-        self.ladder: Ladder = build_ladder(self.table.layers, errors)
+        layers = self.table.layers
+        self.ladder: Ladder = (
+            calibrated_ladder(layers, calibration, fused or {})
+            if calibration is not None
+            else build_ladder(layers, errors)
+        )
         self._rungs = self.ladder.widths.to(self.device)
         self._full = torch.tensor(
             [layer.layout.widths[-1] for layer in self.table.layers],
@@ -215,7 +233,8 @@ class Controller:
             "clamped_widths": ops.clamped_calls(),
             "entropy_nats": {request: average[s] for request, s in batch if seen[s]},
             "ladder": {
-                "source": "weight error (uncalibrated)",
+                "source": self.ladder.source,
+                "kl_nats": self.ladder.kl_nats and list(self.ladder.kl_nats),
                 "mean_bits": list(self.ladder.mean_bits),
                 "bytes_read_per_step": list(self.ladder.bytes_read),
             },

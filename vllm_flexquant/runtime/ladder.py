@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ladder: precision tables from cheapest to best.
 
-Until a checkpoint brings sensitivities measured as KL of the model's output, rungs are ordered by
-weight error: from all layers at all bits, each rung lowers the layer whose loss grows least per
-byte saved (greedy). A layer's loss is its relative squared error times its number of weights:
-without that factor the largest layer, which is the output layer of a small model, would always look
-cheapest, and the KL would pay for it.
+A calibrated checkpoint brings its own, ordered by KL of the model's output. For any other, rungs
+are ordered by weight error: from all layers at all bits, each rung lowers the layer whose loss
+grows least per byte saved (greedy). A layer's loss is its relative squared error times its number
+of weights: without that factor the largest layer, which is the output layer of a small model, would
+always look cheapest, and the KL would pay for it.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from vllm_flexquant.format.layout import PARENT_BITS
+from vllm_flexquant.format.record import CalibrationRecord
 from vllm_flexquant.runtime.table import LayerRecord, WeightError
 
 
@@ -25,11 +27,15 @@ class Ladder:
     """`widths`: int32 [levels, layers], level 0 the cheapest.
 
     `bytes_read`: bytes of weights per step at each level. `mean_bits`: mean width over weights.
+    `kl_nats`: mean KL per token to the unquantized model at each level, None if not calibrated.
+    `source`: what ordered it.
     """
 
     widths: torch.Tensor
     bytes_read: tuple[int, ...]
     mean_bits: tuple[float, ...]
+    source: str = "weight error (uncalibrated)"
+    kl_nats: tuple[float, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.bytes_read)
@@ -48,18 +54,71 @@ def build_ladder(
     """
     if errors is None:
         errors = {layer.name: layer.error for layer in layers}
-    position = {layer.name: index for index, layer in enumerate(layers)}
+    position = {layer.name: [index] for index, layer in enumerate(layers)}
+    steps = [(position.get(name, []), width) for name, width in _lowerings(errors)]
+    return _from_steps(layers, steps)
+
+
+def calibrated_ladder(
+    layers: Sequence[LayerRecord],
+    calibration: CalibrationRecord,
+    fused: Mapping[str, Sequence[str]],
+) -> Ladder:
+    """The ladder of a calibrated checkpoint.
+
+    Args:
+        layers: this rank's layers. Steps of layers on other ranks leave its table as it is, so
+            that all ranks agree level by level.
+        fused: vLLM's `packed_modules_mapping`: last part of a fused layer's name to those of the
+            layers in it.
+
+    Raises:
+        ValueError: the calibration has no ladder, or one that does not fit `layers`.
+    """
+    if calibration.ladder is None:
+        raise ValueError("flexquant.json has a calibration without a ladder; quantize again")
+    unit_of = {name: i for i, unit in enumerate(calibration.units) for name in unit.layers}
+    positions: dict[int, list[int]] = {}
+    for index, layer in enumerate(layers):
+        path, _, last = layer.name.rpartition(".")
+        parts = [f"{path}.{part}".lstrip(".") for part in fused.get(last, [last])]
+        known = {unit_of[part] for part in parts if part in unit_of}
+        if not known:
+            raise ValueError(
+                f"flexquant.json does not know layer {layer.name}; it belongs to another model, "
+                "copy the checkpoint again"
+            )
+        if len(known) > 1:
+            raise ValueError(
+                f"vLLM fuses {', '.join(parts)} into {layer.name}, but flexquant.json gives them "
+                "widths of their own; quantize again"
+            )
+        positions.setdefault(known.pop(), []).append(index)
+    steps = [(positions.get(s.unit, []), s.width) for s in calibration.ladder.steps]
+    return _from_steps(
+        layers,
+        steps,
+        f"KL on {calibration.text.get('text', 'calibration text')} ({calibration.ladder.search})",
+        tuple(rung.kl_nats for rung in reversed(calibration.ladder.rungs)),
+    )
+
+
+def _from_steps(
+    layers: Sequence[LayerRecord], steps: Sequence[tuple[Sequence[int], int]], *facts: Any
+) -> Ladder:
+    """From (positions, width) of each step down."""
     rung = [layer.layout.widths[-1] for layer in layers]
     rungs = [list(rung)]
-    for name, width in _lowerings(errors):
-        if name in position:
-            rung[position[name]] = width
+    for positions, width in steps:
+        for position in positions:
+            rung[position] = width
         rungs.append(list(rung))
     rungs.reverse()
     return Ladder(
-        widths=torch.tensor(rungs, dtype=torch.int32).reshape(len(rungs), len(layers)),
-        bytes_read=tuple(bytes_read(layers, r) for r in rungs),
-        mean_bits=tuple(mean_bits(layers, r) for r in rungs),
+        torch.tensor(rungs, dtype=torch.int32).reshape(len(rungs), len(layers)),
+        tuple(bytes_read(layers, r) for r in rungs),
+        tuple(mean_bits(layers, r) for r in rungs),
+        *facts,
     )
 
 

@@ -16,10 +16,17 @@ from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
     QuantizeMethodBase,
 )
+from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
 from vllm_flexquant.config import FORMAT_OPTIONS, METHOD, FlexQuantOptions, options_from_environment
-from vllm_flexquant.format.checkpoint import OutputLayer, StoredConfig, validate_checkpoint
+from vllm_flexquant.format.checkpoint import (
+    SIDECAR,
+    OutputLayer,
+    StoredConfig,
+    validate_checkpoint,
+)
 from vllm_flexquant.format.layout import GROUP_SIZES, choose_group_size
+from vllm_flexquant.format.record import CalibrationRecord, read_calibration
 from vllm_flexquant.runtime.controller import Controller
 
 if TYPE_CHECKING:
@@ -47,6 +54,7 @@ class FlexQuantConfig(QuantizationConfig):
         self.stored = stored
         self.tied = False
         self.model = ""
+        self.calibration: CalibrationRecord | None = None
         self._controller: Controller | None = None
         self._left_alone: set[str] = set()
 
@@ -88,8 +96,13 @@ class FlexQuantConfig(QuantizationConfig):
         text_config = hf_config.get_text_config() if hf_config is not None else None
         self.tied = bool(getattr(text_config, "tie_word_embeddings", False))
         self.model = model_name
-        if self.stored is not None and Path(model_name).is_dir():
+        if self.stored is None:
+            return
+        if Path(model_name).is_dir():
             validate_checkpoint(Path(model_name), verify=self.options.verify)
+        # a folder or a name on the hub; None where there is no such file
+        sidecar = get_hf_file_to_dict(SIDECAR, model_name, revision or "main")
+        self.calibration = read_calibration(sidecar or {})
 
     def apply_options(self, changes: dict[str, Any], source: str) -> None:
         """Options given beside the checkpoint.

@@ -66,7 +66,7 @@ class FlexWorkerMixin:
                 f"{'; '.join(self._config.left_alone) or 'it has no linear layers'}; "
                 "serve it without --quantization flexquant"
             )
-        controller.start(errors)
+        controller.start(errors, self._config.calibration, self._config.packed_modules_mapping)
         hooks.install(self.model_runner, controller)
         self._announce()
 

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What calibration found, as `flexquant.json` holds it beside the weights.
+
+Every part is optional: a checkpoint that was rounded to nearest has none of them. Unknown keys are
+ignored, so that a newer minor version can be read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class UnitRecord(_Part):
+    """Layers that are given the same input and so share a width.
+
+    `sensitivity` is by width in bits: KL of the model's output in nats per token with only this
+    unit at that width, and its standard error.
+    """
+
+    layers: tuple[str, ...] = Field(min_length=1)
+    weights: int = Field(ge=1)
+    sensitivity: dict[int, tuple[float, float]] = {}
+
+
+class StepRecord(_Part):
+    """A step down the ladder: unit number `unit` goes to `width` bits."""
+
+    unit: int = Field(ge=0)
+    width: int = Field(ge=2, le=8)
+
+
+class RungRecord(_Part):
+    """Level after so many `steps`, cheapest last.
+
+    `kl_nats` is `measured` on held-back text, with its standard error, or interpolated.
+    """
+
+    steps: int = Field(ge=0)
+    mean_bits: float
+    bytes_read: int
+    kl_nats: float
+    error: float | None = None
+    measured: bool
+
+
+class LadderRecord(_Part):
+    """`steps` from all bits down to the lowest width everywhere; a level is a number of steps."""
+
+    search: str
+    steps: tuple[StepRecord, ...]
+    rungs: tuple[RungRecord, ...]
+
+    @model_validator(mode="after")
+    def _one_rung_per_level(self) -> LadderRecord:
+        if [rung.steps for rung in self.rungs] != list(range(len(self.steps) + 1)):
+            raise ValueError("there must be one rung per level, from 0 steps on")
+        return self
+
+
+class ProbeRecord(_Part):
+    """Tells which tokens need precision: score = exp(weight · x + bias), mean 1, where x is what
+    `layer` is given.
+
+    relative_kl: KL when the half of the tokens that scores lowest runs at level `levels[0]` and the
+    rest at `levels[1]`, over that of a random half; correlation: Spearman's, of score and KL; both
+    on text that the probe was not fitted to. candidates: relative_kl of every layer tried.
+    """
+
+    layer: str
+    weight: tuple[float, ...]
+    bias: float
+    levels: tuple[int, int]
+    relative_kl: float
+    correlation: float
+    candidates: dict[str, float] = {}
+
+
+class CalibrationRecord(_Part):
+    """All that calibration found, and on which text (`text`, with its sha256)."""
+
+    text: dict[str, Any] = {}
+    units: tuple[UnitRecord, ...] = ()
+    uniform_kl: dict[int, tuple[float, float]] = {}
+    ladder: LadderRecord | None = None
+    probe: ProbeRecord | None = None
+
+    @model_validator(mode="after")
+    def _units_exist(self) -> CalibrationRecord:
+        steps = self.ladder.steps if self.ladder else ()
+        if wrong := [step.unit for step in steps if step.unit >= len(self.units)]:
+            raise ValueError(f"the ladder names unit {wrong[0]} of {len(self.units)}")
+        return self
+
+
+def read_calibration(sidecar: Mapping[str, Any]) -> CalibrationRecord | None:
+    """The calibration in the content of `flexquant.json`, None if it has none.
+
+    Raises:
+        ValueError: it cannot be understood; the message names the key.
+    """
+    if "calibration" not in sidecar:
+        return None
+    try:
+        return CalibrationRecord.model_validate(sidecar["calibration"])
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(map(str, ("calibration", *problem["loc"])))
+        raise ValueError(
+            f"flexquant.json: {key}: {problem['msg']}; copy the file again or quantize again"
+        ) from None
