@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A tiny random model with a tokenizer, and text for it."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+WORDS = [f"w{i}" for i in range(90)]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Llama of 3 blocks, tied output layer, fp16, with a word-level tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny")
+    config = AutoConfig.for_model(
+        "llama",
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+        initializer_range=0.1,
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).half().save_pretrained(folder)
+    vocabulary = {"<unk>": 0, "<end>": 1} | {word: i + 2 for i, word in enumerate(WORDS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<end>"
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """4,000 words, some of them much more frequent than others."""
+    generator = random.Random(0)
+    file = tmp_path_factory.mktemp("text") / "words.txt"
+    weights = [1 / (i + 1) for i in range(len(WORDS))]
+    file.write_text(" ".join(generator.choices(WORDS, weights, k=4000)))
+    return file
