@@ -9,8 +9,10 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -28,7 +30,8 @@ from vllm_flexquant.format.checkpoint import (
     validate_checkpoint,
 )
 from vllm_flexquant.format.layout import choose_group_size
-from vllm_flexquant.quantize.rtn import quantize_rtn
+from vllm_flexquant.format.record import CalibrationRecord
+from vllm_flexquant.quantize.rtn import QuantizedWeight, quantize_rtn
 
 _KEPT = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README*")
 """What is copied beside the weights."""
@@ -58,10 +61,40 @@ def linear_modules(folder: Path) -> dict[str, tuple[int, int]]:
     }
 
 
+@dataclass(frozen=True)
+class Rounded:
+    """Layers that were quantized before, and what is to be said of them.
+
+    read: codes and scales of a layer by name, None for one that is to be rounded to nearest.
+    method: of rounding, in words. calibration: what calibration found.
+    """
+
+    read: Callable[[str], QuantizedWeight | None]
+    method: str
+    calibration: CalibrationRecord
+
+
+def check_paths(model: Path, out: Path) -> None:
+    """Refuse what cannot be quantized, before any time is spent on it.
+
+    Raises:
+        ValueError: `model` is no unquantized checkpoint, or `out` is not empty.
+    """
+    _read_config(model)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not empty; name a new folder")
+    if not any(model.glob("*.safetensors")):
+        raise ValueError(f"{model} has no .safetensors file; convert the checkpoint first")
+
+
 def quantize_checkpoint(
-    model: Path, out: Path, options: FlexQuantOptions, progress: Progress | None = None
+    model: Path,
+    out: Path,
+    options: FlexQuantOptions,
+    progress: Progress | None = None,
+    rounded: Rounded | None = None,
 ) -> dict[str, tuple[int, int]]:
-    """Quantize `model` to nearest, into the new folder `out`.
+    """Write `model` as planes into the new folder `out`, rounded to nearest or as `rounded`.
 
     The folder appears only when it is complete and has passed validation.
 
@@ -72,13 +105,10 @@ def quantize_checkpoint(
         ValueError: `model` is no unquantized checkpoint in safetensors form, `out` exists, no layer
             can be quantized, or a weight is NaN or infinite.
     """
+    check_paths(model, out)
     config = _read_config(model)
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} exists and is not empty; name a new folder")
     files = sorted(model.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{model} has no .safetensors file; convert the checkpoint first")
-    chosen, ignored = _choose(model, options)
+    chosen, ignored = choose_layers(model, options)
     if not chosen:
         raise ValueError(f"{model} has no layer that can be quantized ({'; '.join(ignored)})")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +119,7 @@ def quantize_checkpoint(
             for file in model.glob(pattern):
                 if not file.name.endswith(".index.json"):
                     shutil.copy2(file, folder)
-        written = _write_weights(files, folder, chosen, options, progress)
+        written = _write_weights(files, folder, chosen, options, progress, rounded)
         if missing := sorted(set(chosen) - written - {"lm_head"}):
             raise ValueError(f"{model} lacks {missing[0]}.weight; copy the checkpoint again")
         stored = StoredConfig(
@@ -101,7 +131,7 @@ def quantize_checkpoint(
         )
         config["quantization_config"] = stored.model_dump(mode="json")
         (folder / "config.json").write_text(json.dumps(config, indent=2))
-        _write_sidecar(folder, model, files)
+        _write_sidecar(folder, model, files, rounded)
         modules = validate_checkpoint(folder, verify=False)
         if out.exists():
             out.rmdir()
@@ -122,10 +152,10 @@ def _read_config(model: Path) -> dict:
     return config
 
 
-def _choose(
+def choose_layers(
     model: Path, options: FlexQuantOptions
 ) -> tuple[dict[str, tuple[int, int]], dict[str, str]]:
-    """Linear layers to quantize, and those left alone with the reason."""
+    """(N, K) of linear layers to quantize, and those left alone with the reason."""
     chosen, ignored = {}, {}
     for name, (rows, columns) in linear_modules(model).items():
         if any(name == i or name.endswith(f".{i}") for i in options.ignore):
@@ -152,6 +182,7 @@ def _write_weights(
     chosen: dict[str, tuple[int, int]],
     options: FlexQuantOptions,
     progress: Progress | None,
+    rounded: Rounded | None,
 ) -> set[str]:
     """One output file per input file; returns the modules quantized."""
     written: set[str] = set()
@@ -166,7 +197,9 @@ def _write_weights(
             continue
         group_size = choose_group_size(tensor.shape[1], options.group_size)
         assert group_size is not None
-        codes, scales = quantize_rtn(tensor, options.layout, group_size, options.scales, name=name)
+        codes, scales = (rounded.read(module) if rounded else None) or quantize_rtn(
+            tensor, options.layout, group_size, options.scales, name=name
+        )
         planes = pack_planes(codes, options.layout.planes)
         names = tensor_names(module, options.layout)
         pending[file] |= dict(zip(names, [*planes, scales], strict=True))
@@ -192,20 +225,20 @@ def _output_layer(chosen: dict, written: set[str], config: dict) -> OutputLayer:
     return OutputLayer.PLAIN
 
 
-def _write_sidecar(folder: Path, model: Path, sources: list[Path]) -> None:
+def _write_sidecar(folder: Path, model: Path, sources: list[Path], rounded: Rounded | None) -> None:
     def installed(name: str) -> str | None:
         try:
             return version(name)
         except PackageNotFoundError:
             return None
 
-    record = {
+    record: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "files": {f.name: hash_file(f) for f in sorted(folder.glob("*.safetensors"))},
         "provenance": {
             "source": model.name,
             "source_files": {f.name: hash_file(f) for f in sources},
-            "method": "round to nearest",
+            "method": rounded.method if rounded else "round to nearest",
             "command": sys.argv,
             "versions": {
                 "python": platform.python_version(),
@@ -213,4 +246,6 @@ def _write_sidecar(folder: Path, model: Path, sources: list[Path]) -> None:
             },
         },
     }
-    (folder / SIDECAR).write_text(json.dumps(record, indent=2))
+    if rounded:
+        record["calibration"] = rounded.calibration.model_dump(mode="json")
+    (folder / SIDECAR).write_text(json.dumps(record, indent=1))

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+from typer.testing import CliRunner
+
+from vllm_flexquant.cli import app
+from vllm_flexquant.config import FlexQuantOptions
+from vllm_flexquant.format.checkpoint import validate_checkpoint
+from vllm_flexquant.format.layout import PlaneLayout
+from vllm_flexquant.format.record import read_calibration
+from vllm_flexquant.quantize.calibrate import CalibrationOptions, calibrate_checkpoint
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_text):
+    return CalibrationOptions(
+        text=str(tiny_text), sequences=24, length=64, measured_rungs=5, measured_units=4
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model, settings, tmp_path_factory):
+    """Folder, record, and the stages that were reported."""
+    out = tmp_path_factory.mktemp("finished") / "out"
+    stages = []
+    record = calibrate_checkpoint(
+        tiny_model, out, FlexQuantOptions(), settings, advance=lambda name, _: stages.append(name)
+    )
+    return out, record, list(dict.fromkeys(stages))
+
+
+def weights_of(folder):
+    return {f.name: f.read_bytes() for f in folder.glob("*.safetensors")}
+
+
+def test_the_checkpoint_holds_what_was_found(finished):
+    out, record, stages = finished
+    assert len(validate_checkpoint(out)) == 3 * 7
+    assert not list(out.parent.glob(".*"))
+    sidecar = json.loads((out / "flexquant.json").read_text())
+    assert read_calibration(sidecar) == record
+    assert sidecar["provenance"]["method"] == "nested GPTQ"
+    assert stages == [
+        "rounding", "sensitivity, estimated", "sensitivity, measured", "ladder, greedy",
+        "ladder, measured", "probe", "writing",
+    ]  # fmt: skip
+
+
+def test_the_ladder_is_one_plane_of_one_unit_at_a_time(finished):
+    _, record, _ = finished
+    assert len(record.units) == 3 * 4 + 1
+    rungs = record.ladder.rungs
+    assert len(rungs) == 2 * len(record.units) + 1
+    assert rungs[0].mean_bits == 8
+    assert rungs[-1].mean_bits == 4
+    assert sum(r.measured for r in rungs) == 5
+    assert all(a.bytes_read > b.bytes_read for a, b in pairwise(rungs))
+    # the ends of the ladder are the uniform widths
+    assert rungs[0].kl_nats == pytest.approx(record.uniform_kl[8][0], rel=1e-3)
+    assert rungs[-1].kl_nats == pytest.approx(record.uniform_kl[4][0], rel=1e-3)
+    assert record.uniform_kl[4][0] > record.uniform_kl[6][0] > record.uniform_kl[8][0]
+    assert len(record.probe.weight) == 64
+    assert record.probe.relative_kl < 1.2
+
+
+def test_an_interrupted_run_goes_on_and_comes_to_the_same(tiny_model, settings, finished, tmp_path):
+    class InterruptedRunError(Exception):
+        pass
+
+    out = tmp_path / "out"
+    for stage, share in (("rounding", 2 / 3), ("sensitivity, measured", 0.5), ("probe", 0.5)):
+
+        def interrupt(name, done, stage=stage, share=share):
+            if name == stage and done >= share:
+                raise InterruptedRunError
+
+        with pytest.raises(InterruptedRunError):
+            calibrate_checkpoint(
+                tiny_model, out, FlexQuantOptions(), settings, resume=True, advance=interrupt
+            )
+        assert not out.exists()
+    reported = []
+    record = calibrate_checkpoint(
+        tiny_model, out, FlexQuantOptions(), settings, resume=True,
+        advance=lambda name, _: reported.append(name),
+    )  # fmt: skip
+    assert "sensitivity, estimated" not in reported
+    assert record == finished[1]
+    assert weights_of(out) == weights_of(finished[0])
+
+
+def test_a_killed_command_can_be_resumed(tiny_model, tiny_text, finished, tmp_path):
+    out = tmp_path / "out"
+    work = tmp_path / ".out.partial"
+    command = [sys.executable, "-m", "vllm_flexquant.cli", "quantize", str(tiny_model), str(out)]
+    command += ["--calibration", str(tiny_text), "--sequences", "24", "--length", "64"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not (work / "block-00000.safetensors").exists():
+        assert process.poll() is None, process.stderr.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not out.exists()
+    refused = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert "left from an interrupted run; add --resume" in refused.stderr.replace("\n", " ")
+    subprocess.run([*command, "--resume"], check=True, capture_output=True)
+    assert weights_of(out) == weights_of(finished[0])
+    assert not work.exists()
+
+
+def test_the_tree_search_and_another_layout(tiny_model, settings, tmp_path):
+    record = calibrate_checkpoint(
+        tiny_model,
+        tmp_path / "out",
+        FlexQuantOptions(layout=PlaneLayout.parse("2|1|1|2|2")),
+        replace(settings, search="tree", branch=2, stem=1, measured_rungs=3, method="rtn"),
+    )
+    assert record.ladder.search == "tree"
+    assert len(record.ladder.steps) == 4 * len(record.units)
+    assert set(record.uniform_kl) == {2, 3, 4, 6, 8}
+
+
+def test_inspect_prints_it(finished):
+    out, record, _ = finished
+    result = CliRunner().invoke(app, ["inspect", str(out)])
+    assert result.exit_code == 0, result.output
+    assert "nested GPTQ" in result.output
+    assert f"{record.uniform_kl[4][0]:.4f}" in result.output
+    assert "27 levels by greedy search" in result.output
+    as_json = CliRunner().invoke(app, ["inspect", str(out), "--json"])
+    assert json.loads(as_json.output)["calibration"]["ladder"]["search"] == "greedy"
+
+
+def test_bad_input_names_the_thing_and_the_remedy(tiny_model, tiny_text, settings, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text("w1 w2 w3")
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text('{"text": "w1"}\n{"words": 1}\n')
+    for source, message in (
+        (short, r"short\.txt has 4 tokens, 0 sequences of 64; give at least 512"),
+        (empty, r"empty\.txt is empty"),
+        (lines, r"lines\.jsonl, line 2: expected an object with 'text' or 'messages'"),
+        (tmp_path / "none.txt", "is no file; name a .txt or .jsonl file"),
+        ("owner/unknown-dataset", "dataset"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            calibrate_checkpoint(
+                tiny_model,
+                tmp_path / "out",
+                FlexQuantOptions(),
+                replace(settings, text=str(source)),
+            )
+    with pytest.raises(ValueError, match="cannot be calibrated; use per_width"):
+        calibrate_checkpoint(
+            tiny_model, tmp_path / "out", FlexQuantOptions(scales="shared"), settings
+        )
+    assert not (tmp_path / "out").exists()
+    for arguments, message in (
+        (["--method", "awq"], "--method is 'awq'; use rtn or gptq"),
+        (["--search", "best"], "--search is 'best'; use greedy or tree"),
+        (["--calibration", "none"], "--method gptq needs calibration text"),
+    ):
+        command = ["quantize", str(tiny_model), str(tmp_path / "out"), *arguments]
+        result = CliRunner().invoke(app, command)
+        assert message in str(result.exception)
+
+
+def test_a_quantized_model_and_a_full_folder_are_refused(finished, settings, tmp_path, tiny_model):
+    with pytest.raises(ValueError, match="is already quantized"):
+        calibrate_checkpoint(finished[0], tmp_path / "again", FlexQuantOptions(), settings)
+    with pytest.raises(ValueError, match="is not empty; name a new folder"):
+        calibrate_checkpoint(tiny_model, finished[0], FlexQuantOptions(), settings)

@@ -1,0 +1,434 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pipeline of `flexquant quantize`: text, rounding, sensitivities, ladder, checkpoint.
+
+Every stage leaves its result in a `WorkFolder`, from which an interrupted run goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from vllm_flexquant.config import FlexQuantOptions
+from vllm_flexquant.format.checkpoint import hash_file
+from vllm_flexquant.format.layout import PARENT_BITS, ScaleMode, choose_group_size
+from vllm_flexquant.format.record import (
+    CalibrationRecord,
+    LadderRecord,
+    ProbeRecord,
+    RungRecord,
+    StepRecord,
+    UnitRecord,
+)
+from vllm_flexquant.quantize import calibration, evaluate, probe, search, sensitivity
+from vllm_flexquant.quantize.blocks import BlockModel, Unit
+from vllm_flexquant.quantize.pipeline import (
+    Rounded,
+    check_paths,
+    choose_layers,
+    quantize_checkpoint,
+)
+from vllm_flexquant.quantize.rounding import (
+    Method,
+    RoundingOptions,
+    block_file,
+    read_block,
+    round_blocks,
+)
+from vllm_flexquant.quantize.rtn import QuantizedWeight, quantize_rtn
+from vllm_flexquant.quantize.workfolder import WorkFolder, to_tensors
+
+Advance = Callable[[str, float], None]
+"""Called with a stage's name and the share of it that is done."""
+
+Search = Literal["greedy", "tree"]
+
+ESTIMATE_SHARE, SAMPLE_SHARE, RUNG_SHARE = 0.5, 0.25, 0.5
+"""Share of the held-back sequences on which sensitivities are estimated, a sample of them measured,
+and rungs measured: what is measured for many choices makes do with less text. The probe takes all.
+"""
+
+PROBE_LEVELS = (0.25, 0.75)
+"""The two levels that the probe is fitted on, as shares of the way from the lowest bits up."""
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """What `flexquant quantize` can be told besides the format.
+
+    text: as `calibration.read_text`. sequences of length tokens calibrate, a third as many more
+    measure. measured_rungs: levels whose KL is measured. measured_units: widths of units whose KL
+    is measured beside the estimate.
+    """
+
+    text: str = calibration.BUILT_IN
+    method: Method = "gptq"
+    search: Search = "greedy"
+    branch: int = 4
+    stem: int = 2
+    sequences: int = 96
+    length: int = 512
+    measured_rungs: int = 16
+    measured_units: int = 24
+    seed: int = 0
+    device: str = "cpu"
+
+
+def calibrate_checkpoint(
+    model: Path,
+    out: Path,
+    options: FlexQuantOptions,
+    settings: CalibrationOptions,
+    resume: bool = False,
+    advance: Advance | None = None,
+) -> CalibrationRecord:
+    """Quantize `model` into the new folder `out`, with a ladder ordered by KL.
+
+    Raises:
+        ValueError: as `quantize_checkpoint`, or the calibration text or the tokenizer cannot be
+            used, or an interrupted run stands in the way.
+    """
+    check_paths(model, out)
+    if options.scales is not ScaleMode.PER_WIDTH:
+        raise ValueError(
+            f"scales '{options.scales}' cannot be calibrated; use per_width, or --method rtn"
+        )
+    chosen, ignored = choose_layers(model, options)
+    if not chosen:
+        raise ValueError(f"{model} has no layer that can be quantized ({'; '.join(ignored)})")
+    text = calibration.read_text(settings.text)
+    tokens = calibration.cut_tokens(
+        text, calibration.load_tokenizer(model), settings.sequences, settings.length
+    )
+    facts = {
+        "model": {f.name: hash_file(f) for f in sorted(model.glob("*.safetensors"))},
+        "text": calibration.describe(text, tokens),
+        "format": {
+            "layout": str(options.layout),
+            "group_size": options.group_size,
+            "ignore": list(options.ignore),
+            "output_layer": options.output_layer,
+        },
+        "settings": {k: v for k, v in vars(settings).items() if k != "text"},
+        "torch": torch.__version__,
+    }
+    run = _Run(model, options, settings, chosen, tokens, WorkFolder(out, facts, resume), advance)
+    record = run.record(facts["text"])
+    names = {"gptq": "nested GPTQ", "rtn": "round to nearest"}
+    rounded = Rounded(run.read_layer, names[settings.method], record)
+    with run.stage("writing") as report:
+        quantize_checkpoint(model, out, options, lambda _, i, n: report(i / n), rounded)
+    run.work.remove()
+    return record
+
+
+class _Run:
+    """State of one run, stage by stage."""
+
+    def __init__(
+        self,
+        folder: Path,
+        options: FlexQuantOptions,
+        settings: CalibrationOptions,
+        chosen: Mapping[str, tuple[int, int]],
+        tokens: calibration.CalibrationTokens,
+        work: WorkFolder,
+        advance: Advance | None,
+    ) -> None:
+        self.options, self.settings, self.tokens, self.work = options, settings, tokens, work
+        self.model = BlockModel(folder, settings.device)
+        self.rounding = RoundingOptions(
+            options.layout, options.group_size, settings.method, frozenset(chosen)
+        )
+        self.advance = advance
+        self.output = (
+            Unit((evaluate.OUTPUT,), (chosen[evaluate.OUTPUT][0],), chosen[evaluate.OUTPUT][1])
+            if evaluate.OUTPUT in chosen
+            else None
+        )
+        self.weights = evaluate.NestedWeights(
+            options.layout, lambda index: read_block(work, self.rounding, index)
+        )
+        self._block_of: dict[str, int] = {}
+        self._cached: tuple[int, Mapping[str, tuple[QuantizedWeight, int]]] | None = None
+
+    @contextmanager
+    def stage(self, name: str) -> Any:
+        """A stage; gives a function that reports the share of it that is done."""
+
+        def report(share: float) -> None:
+            if self.advance:
+                self.advance(name, share)
+
+        report(0.0)
+        yield report
+        report(1.0)
+
+    def read_layer(self, name: str) -> QuantizedWeight | None:
+        """A layer's codes and scales from the work folder."""
+        if name not in self._block_of:
+            return None
+        index = self._block_of[name]
+        if self._cached is None or self._cached[0] != index:
+            self._cached = (index, read_block(self.work, self.rounding, index))
+        return self._cached[1][name][0]
+
+    def record(self, text: dict[str, Any]) -> CalibrationRecord:
+        """All stages but the writing."""
+        blocks = len(self.model)
+        with self.stage("rounding") as report:
+            self.blocks = round_blocks(
+                self.model, self.tokens.fit, self.rounding, self.work, lambda i: report(i / blocks)
+            )
+            if self.output:
+                self._round_output()
+        self._block_of = {
+            name: index
+            for index, units in enumerate(self.blocks)
+            for unit in units
+            for name in unit.members
+        }
+        self.units = [*chain(*self.blocks), *([self.output] if self.output else [])]
+        self.sizes = {unit.name: unit.weights for unit in self.units}
+        costs, checked = self._sensitivities()
+        steps = self._search({n: {w: c.kl for w, c in by.items()} for n, by in costs.items()})
+        measured = self._measure_rungs(steps)
+        rungs = self._rungs(steps, measured)
+        number = {unit.name: i for i, unit in enumerate(self.units)}
+        return CalibrationRecord(
+            text=text | {"estimate_checked": checked},
+            units=tuple(
+                UnitRecord(
+                    layers=unit.members,
+                    weights=unit.weights,
+                    sensitivity={w: (c.kl, c.error) for w, c in costs[unit.name].items()},
+                )
+                for unit in self.units
+            ),
+            uniform_kl={w: measured[f"uniform {w}"] for w in self.options.layout.widths},
+            ladder=LadderRecord(
+                search=self.settings.search,
+                steps=tuple(StepRecord(unit=number[s.unit], width=s.width) for s in steps),
+                rungs=rungs,
+            ),
+            probe=self._probe(steps, rungs),
+        )
+
+    def _round_output(self) -> None:
+        """To nearest, as it will be when the served model quantizes it from the embedding."""
+        if self.work.read_tensors(block_file(-1)) is None:
+            weight = self.model.model.get_output_embeddings().weight.data
+            size = choose_group_size(weight.shape[1], self.options.group_size)
+            assert size is not None
+            rounded = quantize_rtn(weight, self.options.layout, size, name=evaluate.OUTPUT)
+            self.work.write_tensors(block_file(-1), to_tensors({evaluate.OUTPUT: rounded}))
+
+    def _divergence(
+        self,
+        choices: Sequence[Mapping[str, int]],
+        report: Callable[[float], None],
+        share: float = 1.0,
+    ) -> torch.Tensor:
+        blocks = len(self.model)
+        return evaluate.divergence(
+            self.model,
+            self.weights,
+            self.blocks,
+            self._held_back(share),
+            choices,
+            lambda i: report(i / blocks),
+        )
+
+    def _held_back(self, share: float) -> torch.Tensor:
+        """So many of the held-back sequences, evenly."""
+        held = self.tokens.held_back
+        count = max(1, round(len(held) * share))
+        return held[torch.arange(count) * len(held) // count]
+
+    def _sensitivities(
+        self,
+    ) -> tuple[dict[str, dict[int, sensitivity.Cost]], dict[str, Any]]:
+        """By unit and width, and how well the estimate ranks where both were taken."""
+        stored = self.work.read_json("sensitivity")
+        if stored is None:
+            with self.stage("sensitivity, estimated") as report:
+                blocks = len(self.model)
+                costs = sensitivity.estimate(
+                    self.model,
+                    self.weights,
+                    self.blocks,
+                    self._held_back(ESTIMATE_SHARE),
+                    self.settings.seed,
+                    lambda i: report(i / blocks),
+                )
+            picked = self._sample(costs)
+            choices: list[dict[str, int]] = [{name: width} for name, width in picked]
+            if self.output:
+                choices += [{self.output.name: w} for w in self.options.layout.widths]
+            with self.stage("sensitivity, measured") as report:
+                found = self._divergence(choices, report, SAMPLE_SHARE)
+            kl = [evaluate.mean_and_error(values) for values in found]
+            pairs = [
+                {"unit": n, "width": w, "estimated": costs[n][w].kl, "measured": kl[i][0]}
+                for i, (n, w) in enumerate(picked)
+            ]
+            if self.output:
+                of_output = kl[len(picked) :]
+                costs[self.output.name] = {
+                    w: sensitivity.Cost(*c)
+                    for w, c in zip(self.options.layout.widths, of_output, strict=True)
+                }
+            stored = {
+                "costs": {
+                    n: {w: (c.kl, c.error) for w, c in by.items()} for n, by in costs.items()
+                },
+                "pairs": pairs,
+            }
+            self.work.write_json("sensitivity", stored)
+        costs = {
+            n: {int(w): sensitivity.Cost(*c) for w, c in by.items()}
+            for n, by in stored["costs"].items()
+        }
+        pairs = stored["pairs"]
+        estimated, measured = ([p[k] for p in pairs] for k in ("estimated", "measured"))
+        checked = {
+            "pairs": pairs,
+            "rank_correlation": sensitivity.rank_correlation(estimated, measured),
+        }
+        return costs, checked
+
+    def _sample(self, costs: Mapping[str, Mapping[int, Any]]) -> list[tuple[str, int]]:
+        """(unit, width) evenly over the range of the estimates, the highest width left out."""
+        every = sorted(
+            (cost.kl, name, width)
+            for name, by in costs.items()
+            for width, cost in by.items()
+            if width != PARENT_BITS
+        )
+        count = min(self.settings.measured_units, len(every))
+        return [every[i * len(every) // count][1:] for i in range(count)]
+
+    def _search(self, costs: search.Costs) -> list[search.Step]:
+        stored = self.work.read_json("search")
+        if stored is None:
+            with self.stage(f"ladder, {self.settings.search}") as report:
+                if self.settings.search == "greedy":
+                    steps = search.greedy(costs, self.sizes)
+                else:
+                    steps = search.tree(
+                        costs,
+                        self.sizes,
+                        lambda c: (
+                            self._divergence(c, lambda _: None, SAMPLE_SHARE).mean(-1).tolist()
+                        ),
+                        self.settings.branch,
+                        self.settings.stem,
+                        advance=report,
+                    )
+            stored = [(s.unit, s.width, s.kl) for s in steps]
+            self.work.write_json("search", stored)
+        return [search.Step(*s) for s in stored]
+
+    def _measure_rungs(self, steps: Sequence[search.Step]) -> dict[str, tuple[float, float]]:
+        """KL and standard error at some levels (`rung N`) and at uniform widths."""
+        stored = self.work.read_json("rungs")
+        if stored is None:
+            every = search.rungs(dict.fromkeys(self.sizes, PARENT_BITS), steps)[::-1]
+            choices: dict[str, Mapping[str, int]] = {
+                f"uniform {w}": dict.fromkeys(self.sizes, w) for w in self.options.layout.widths
+            }
+            count = min(self.settings.measured_rungs, len(every))
+            for i in range(count):
+                number = i * (len(every) - 1) // max(count - 1, 1)
+                choices[f"rung {number}"] = every[number]
+            with self.stage("ladder, measured") as report:
+                kl = self._divergence(list(choices.values()), report, RUNG_SHARE)
+            stored = {name: evaluate.mean_and_error(v) for name, v in zip(choices, kl, strict=True)}
+            self.work.write_json("rungs", stored)
+        return {name: (kl, error) for name, (kl, error) in stored.items()}
+
+    def _rungs(
+        self, steps: Sequence[search.Step], measured: Mapping[str, tuple[float, float]]
+    ) -> tuple[RungRecord, ...]:
+        """Of every level; KL that was not measured is interpolated along the sum of sensitivities,
+        geometrically, because that sum and KL differ by a factor that changes slowly."""
+        sums = [0.0]
+        for step in steps:
+            sums.append(sums[-1] + max(step.kl, 0.0))
+        known = {int(k.removeprefix("rung ")): v for k, v in measured.items() if k[:4] == "rung"}
+        anchors = sorted(known)
+        rungs = []
+        widths = dict.fromkeys(self.sizes, PARENT_BITS)
+        for number in range(len(steps) + 1):
+            if number:
+                widths[steps[number - 1].unit] = steps[number - 1].width
+            below = max(a for a in anchors if a <= number)
+            above = min(a for a in anchors if a >= number)
+            low, high = (max(known[a][0], 1e-9) for a in (below, above))
+            span = sums[above] - sums[below]
+            share = (sums[number] - sums[below]) / span if span > 0 else 0.0
+            bits = sum(self.sizes[n] * w for n, w in widths.items())
+            rungs.append(
+                RungRecord(
+                    steps=number,
+                    mean_bits=bits / sum(self.sizes.values()),
+                    bytes_read=bits // PARENT_BITS + self._scale_bytes(),
+                    kl_nats=known[number][0] if number in known else low * (high / low) ** share,
+                    error=known[number][1] if number in known else None,
+                    measured=number in known,
+                )
+            )
+        return tuple(rungs)
+
+    def _probe(
+        self, steps: Sequence[search.Step], rungs: Sequence[RungRecord]
+    ) -> ProbeRecord | None:
+        """Fitted on two levels, a quarter and three quarters up the ladder by mean bits."""
+        stored = self.work.read_json("probe")
+        blocks = [i for i in probe.candidates(len(self.model)) if self.blocks[i]]
+        if not blocks:
+            return None
+        if stored is None:
+            bits = [rung.mean_bits for rung in rungs]
+            number = []
+            for share in PROBE_LEVELS:
+                wanted = bits[-1] + share * (bits[0] - bits[-1])
+                number.append(min(range(len(bits)), key=lambda i: abs(bits[i] - wanted)))
+            every = search.rungs(dict.fromkeys(self.sizes, PARENT_BITS), steps)[::-1]
+            low, high = (every[i] for i in number)
+            with self.stage("probe") as report:
+                kl = self._divergence([low, high], lambda share: report(share * 0.7))
+                inputs = probe.inputs_of_blocks(
+                    self.model, self.weights, self.blocks, self.tokens.held_back, low, blocks
+                )
+                sequences = torch.arange(len(self.tokens.held_back))
+                fitted = (sequences % 4 != 3).repeat_interleave(self.tokens.held_back.shape[1])
+                found = probe.fit(inputs, kl[0], kl[1], fitted)
+            best = found[0]
+            names = {i: self.blocks[i][0].name for i in inputs}
+            top = len(rungs) - 1
+            stored = ProbeRecord(
+                layer=names[best.block],
+                weight=tuple(best.weight.tolist()),
+                bias=best.bias,
+                levels=(top - number[0], top - number[1]),
+                relative_kl=best.relative_kl,
+                correlation=best.correlation,
+                candidates={names[p.block]: p.relative_kl for p in found},
+            ).model_dump(mode="json")
+            self.work.write_json("probe", stored)
+        return ProbeRecord.model_validate(stored)
+
+    def _scale_bytes(self) -> int:
+        total = 0
+        for unit in self.units:
+            size = choose_group_size(unit.columns, self.options.group_size)
+            assert size is not None
+            total += search.scale_bytes(unit.weights, size)
+        return total
