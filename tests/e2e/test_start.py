@@ -11,7 +11,10 @@ from conftest import running_engine
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from benchmarks.quality.calibrated import rung_widths
+from benchmarks.quality.sequences import TEXT
 from vllm_flexquant.config import FlexQuantOptions
+from vllm_flexquant.quantize.calibrate import CalibrationOptions, calibrate_checkpoint
 from vllm_flexquant.quantize.pipeline import quantize_checkpoint
 
 PROMPTS = ["The capital of France is", "Once upon a time,"]
@@ -51,7 +54,7 @@ def saved(smollm2, tmp_path_factory):
     from vllm_flexquant.cli import app
 
     out = tmp_path_factory.mktemp("saved") / "smollm2-flexquant"
-    result = CliRunner().invoke(app, ["quantize", str(smollm2), str(out)])
+    result = CliRunner().invoke(app, ["quantize", str(smollm2), str(out), "--method", "rtn"])
     assert result.exit_code == 0, result.output
     return out
 
@@ -188,6 +191,38 @@ def test_tensor_parallel_ranks_agree(smollm2, tmp_path, greedy_tokens, monkeypat
     shapes = {layer["name"]: layer["shape"] for layer in part["layers"]}
     assert shapes["lm_head"] == [49152 // 2, 128]
     assert shapes["model.layers.0.mlp.down_proj"] == [128, 256 // 2]
+
+
+def test_a_calibrated_checkpoint_brings_its_ladder_to_all_ranks(
+    smollm2, tmp_path, greedy_tokens, monkeypatch
+):
+    model = small_checkpoint(tmp_path / "llama", smollm2, {"model_type": "llama", **SHAPE})
+    settings = CalibrationOptions(
+        text=str(TEXT), sequences=12, length=128, measured_rungs=3, measured_units=4
+    )
+    record = calibrate_checkpoint(model, tmp_path / "saved", FlexQuantOptions(), settings)
+    rungs = record.ladder.rungs[::-1]
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    with running_engine(tmp_path / "saved", max_model_len=256, tensor_parallel_size=2) as llm:
+        for status in llm.collective_rpc("flexquant_status"):
+            assert status["ladder"]["source"] == "KL on text.txt (greedy)"
+            assert status["ladder"]["kl_nats"] == [rung.kl_nats for rung in rungs]
+            assert status["ladder"]["mean_bits"] == pytest.approx([r.mean_bits for r in rungs])
+        level = len(rungs) // 2
+        pin(llm, level=level)
+        llm.generate(PROMPTS, greedy_tokens)
+        widths = rung_widths(record, rungs[level].steps)
+        for status in llm.collective_rpc("flexquant_status"):
+            found = {layer["name"]: layer["width"] for layer in status["layers"]}
+            assert (
+                found["model.layers.1.self_attn.qkv_proj"]
+                == (widths["model.layers.1.self_attn.q_proj"])
+            )
+            assert (
+                found["model.layers.0.mlp.gate_up_proj"] == (widths["model.layers.0.mlp.gate_proj"])
+            )
+            assert len(set(found.values())) > 1
+            assert sorted(found.values()) == sorted(widths.values())
 
 
 def test_untied_output_layer_and_biases(smollm2, tmp_path, greedy_tokens):

@@ -48,32 +48,67 @@ def quantize(
     scales: Annotated[str, typer.Option(help="per_width or shared.")] = "per_width",
     output_layer: Annotated[bool, typer.Option(help="Quantize the output layer.")] = True,
     ignore: Annotated[str, typer.Option(help="Layers to leave unquantized, comma-separated.")] = "",
+    method: Annotated[
+        str, typer.Option(help="gptq: with error compensation. rtn: to nearest.")
+    ] = "gptq",
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="mix (built in), a .txt or .jsonl file, or a dataset NAME[:CONFIG[:SPLIT]]; "
+            "'none' with --method rtn: no text, no ladder. [default: mix for gptq, none for rtn]"
+        ),
+    ] = None,
+    sequences: Annotated[int, typer.Option(min=8, help="Calibration sequences.")] = 96,
+    length: Annotated[int, typer.Option(min=32, help="Tokens of a sequence.")] = 512,
+    search: Annotated[
+        str, typer.Option(help="How the ladder is found: greedy or tree.")
+    ] = "greedy",
+    branch: Annotated[int, typer.Option(min=1, help="Candidates per node of the tree.")] = 4,
+    stem: Annotated[int, typer.Option(min=1, help="Candidates that survive.")] = 2,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted run.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
-    """Quantize MODEL to nearest and save it as planes in OUT."""
-    from rich.progress import Progress
+    """Quantize MODEL and save it as planes in OUT, calibrated on text unless told otherwise."""
+    from vllm_flexquant.cli.quantize import QuantizeArguments, run
 
-    from vllm_flexquant.config import FlexQuantOptions
-    from vllm_flexquant.quantize.pipeline import quantize_checkpoint
-
-    options = FlexQuantOptions().updated(
-        {
-            "layout": layout,
-            "group_size": group_size,
-            "scales": scales,
-            "output_layer": output_layer,
-            "ignore": ignore,
-        },
-        "command line",
+    run(
+        QuantizeArguments(
+            model=model,
+            out=out,
+            format={
+                "layout": layout,
+                "group_size": group_size,
+                "scales": scales,
+                "output_layer": output_layer,
+                "ignore": ignore,
+            },
+            method=method,
+            calibration=calibration,
+            search=search,
+            settings={
+                "sequences": sequences,
+                "length": length,
+                "branch": branch,
+                "stem": stem,
+                "device": device,
+            },
+            resume=resume,
+        )
     )
-    with Progress(transient=True) as bar:
-        task = bar.add_task("quantizing", total=None)
 
-        def advance(name: str, done: int, total: int) -> None:
-            bar.update(task, description=name, completed=done, total=total)
 
-        modules = quantize_checkpoint(model, out, options, advance)
-    weights = sum(rows * columns for rows, columns in modules.values())
-    typer.echo(f"{len(modules)} layers, {weights / 1e6:.1f} M weights in planes {layout}: {out}")
+@app.command()
+def inspect(
+    checkpoint: Annotated[Path, typer.Argument(help="Saved flexquant checkpoint (folder).")],
+    as_json: Annotated[bool, typer.Option("--json", help="The record as JSON.")] = False,
+) -> None:
+    """Print what a saved checkpoint knows of itself: format, KL by width, ladder."""
+    from vllm_flexquant.cli.inspect import report
+
+    for line in report(checkpoint, as_json):
+        typer.echo(line)
 
 
 @app.command()

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `flexquant quantize` does with its arguments: checks, progress bars, the closing lines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import typer
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from vllm_flexquant.config import FlexQuantOptions
+from vllm_flexquant.format.record import CalibrationRecord
+from vllm_flexquant.quantize.calibrate import CalibrationOptions, Search, calibrate_checkpoint
+from vllm_flexquant.quantize.calibration import BUILT_IN
+from vllm_flexquant.quantize.pipeline import quantize_checkpoint
+from vllm_flexquant.quantize.rounding import Method
+
+NO_TEXT = "none"
+
+
+@dataclass(frozen=True)
+class QuantizeArguments:
+    """As typed; `format` and `settings` by the names of the options that they become."""
+
+    model: Path
+    out: Path
+    format: dict[str, Any]
+    method: str
+    calibration: str | None
+    search: str
+    settings: dict[str, Any]
+    resume: bool
+
+
+def run(arguments: QuantizeArguments) -> None:
+    """Quantize, show progress, and print what came out.
+
+    Raises:
+        ValueError: a bad argument, or the model or text cannot be used.
+    """
+    _check("method", arguments.method, get_args(Method))
+    _check("search", arguments.search, get_args(Search))
+    options = FlexQuantOptions().updated(arguments.format, "command line")
+    text = arguments.calibration or (BUILT_IN if arguments.method == "gptq" else NO_TEXT)
+    if text == NO_TEXT and arguments.method == "gptq":
+        raise ValueError(
+            "--method gptq needs calibration text; drop --calibration none, or use rtn"
+        )
+    with _progress() as advance:
+        if text == NO_TEXT:
+            modules = quantize_checkpoint(
+                arguments.model,
+                arguments.out,
+                options,
+                lambda name, done, total: advance("rounding", done / total),
+            )
+            weights = sum(rows * columns for rows, columns in modules.values())
+            lines = [f"{len(modules)} layers, {weights / 1e6:.1f} M weights, not calibrated"]
+        else:
+            settings = CalibrationOptions(
+                text=text,
+                method=cast(Method, arguments.method),
+                search=cast(Search, arguments.search),
+                **arguments.settings,
+            )
+            record = calibrate_checkpoint(
+                arguments.model, arguments.out, options, settings, arguments.resume, advance
+            )
+            lines = list(describe(record))
+    for line in [*lines, f"planes {options.layout}: {arguments.out}"]:
+        typer.echo(line)
+
+
+def describe(record: CalibrationRecord) -> Iterator[str]:
+    """KL at uniform widths and along the ladder."""
+    yield f"{'':14}{'KL nats':>9}{'error':>9}{'mean bits':>11}{'MB read':>9}"
+    total = sum(unit.weights for unit in record.units)
+    for width, (kl, error) in record.uniform_kl.items():
+        yield f"{f'uniform {width}':14}{kl:9.4f}{error:9.4f}{width:11.2f}"
+    if record.ladder:
+        for rung in reversed(record.ladder.rungs):
+            if rung.measured:
+                level = len(record.ladder.rungs) - 1 - rung.steps
+                yield (
+                    f"{f'level {level}':14}{rung.kl_nats:9.4f}{rung.error or 0:9.4f}"
+                    f"{rung.mean_bits:11.2f}{rung.bytes_read / 1e6:9.1f}"
+                )
+        yield f"{len(record.ladder.rungs)} levels by {record.ladder.search} search"
+    checked = record.text.get("estimate_checked", {})
+    if (correlation := checked.get("rank_correlation")) is not None:
+        yield (
+            f"sensitivities: estimated; rank correlation with measured KL {correlation:.3f} "
+            f"over {len(checked['pairs'])} pairs"
+        )
+    if record.probe:
+        yield (
+            f"probe: at {record.probe.layer}, KL {record.probe.relative_kl:.2f} of a random half's "
+            f"at levels {record.probe.levels[0]} and {record.probe.levels[1]}"
+        )
+    yield f"{len(record.units)} units, {total / 1e6:.1f} M weights"
+
+
+def _check(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"--{name} is '{value}'; use {' or '.join(known)}")
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, float], None]]:
+    """A bar for each stage, with the time that is left."""
+    columns = (
+        TextColumn("{task.description:24}"),
+        BarColumn(),
+        TextColumn("{task.percentage:3.0f} %"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    with Progress(*columns) as bars:
+        tasks: dict[str, Any] = {}
+
+        def advance(name: str, share: float) -> None:
+            if name not in tasks:
+                tasks[name] = bars.add_task(name, total=1.0)
+            bars.update(tasks[name], completed=share)
+
+        yield advance
