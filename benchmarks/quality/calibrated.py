@@ -294,10 +294,12 @@ def main() -> None:
     with Progress() as progress:
         comparison = Comparison(BlockModel(options.model), tokens, checkpoint)
         results = measure(comparison, options.rungs, progress)
+    made = read_sidecar(options.checkpoint)["provenance"]
     settings = {
         "tokens": tokens.numel(),
         "length": LENGTH,
-        "checkpoint": read_sidecar(options.checkpoint)["provenance"],
+        # its command has paths of the machine that it was made on
+        "checkpoint": {key: value for key, value in made.items() if key != "command"},
         "calibration_text": checkpoint.record.text,
     }
     write_json(options.out, {"settings": settings} | results, facts)
