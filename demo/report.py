@@ -44,7 +44,9 @@ def table(rows: dict[str, dict[str, Any]]) -> Table:
     return made
 
 
-def notes(dequantized_gguf: bool, tokens: int, rounds: int, flags: list[str]) -> str:
+def notes(
+    dequantized_gguf: bool, tokens: int, rounds: int, flags: list[str], calibrated: bool = False
+) -> str:
     """What the numbers are, and what they are not.
 
     Args:
@@ -52,6 +54,7 @@ def notes(dequantized_gguf: bool, tokens: int, rounds: int, flags: list[str]) ->
         dequantized_gguf: the checkpoint is one (`demo.get_model`).
         tokens: scored tokens of the text.
         flags: CPU flags that matter (`benchmarks.provenance`).
+        calibrated: a calibrated checkpoint was served.
     """
     origin = ", here a dequantized GGUF, not the weights as trained" if dequantized_gguf else ""
     lines = [
@@ -62,8 +65,10 @@ def notes(dequantized_gguf: bool, tokens: int, rounds: int, flags: list[str]) ->
         f"Speeds are medians of {rounds} chat run(s), bf16's before the others. On a shared "
         "machine they are noisy: only large ratios mean anything.",
         "Bits and KL belong together only for the text: its KL is that of the bits under 'text'.",
-        "The weights are rounded to nearest without calibration, and so is the order in which "
-        "layers are lowered: calibrated weights lose less at few bits.",
+        "Served from a calibrated checkpoint."
+        if calibrated
+        else "The weights are rounded to nearest without calibration, layers lowered by weight "
+        "error. For calibrated ones: flexquant quantize MODEL MODEL-flexquant, then again.",
     ]
     if "amx_bf16" in flags:
         lines.append("This CPU multiplies bf16 in hardware (AMX), which favours bf16.")

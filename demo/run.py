@@ -30,7 +30,7 @@ import openai
 from rich.console import Console
 
 from benchmarks import trace
-from benchmarks.provenance import provenance, write_json
+from benchmarks.provenance import hash_model, provenance, write_json
 from benchmarks.quality.sequences import (
     TEXT,
     TokenSequence,
@@ -47,6 +47,7 @@ from demo.live import LiveView
 from demo.plot import plot_run
 from demo.prompts import PROMPTS
 from demo.server import ROOT, ServerError, VllmServer
+from vllm_flexquant.format.checkpoint import SIDECAR
 
 PROCESSOR = "benchmarks.quality.teacher_forcing:TeacherForcing"
 POLICIES: dict[str, dict[str, Any]] = {
@@ -70,6 +71,7 @@ class Demo:
     """One run: what it works on and what it found."""
 
     model: str
+    served: str
     out: Path
     work: Path
     console: Console
@@ -93,14 +95,16 @@ class Demo:
         index = json.loads((self.work / "reference.json").read_text(encoding="utf-8"))
         return int(index["linear_weights"])
 
-    def serve(self, name: str, arguments: Sequence[str], environ: dict[str, str]) -> VllmServer:
+    def serve(
+        self, name: str, model: str, arguments: Sequence[str], environ: dict[str, str]
+    ) -> VllmServer:
         """A server that teacher-forces and records; started and answering."""
         benchmark = {
             "BENCH_REFERENCE": str(self.work / "reference.npy"),
             "BENCH_RECORD": str(self.work / "records.jsonl"),
         }
         log = self.out / f"{name}.log"
-        server = VllmServer(self.model, [*ARGUMENTS, *arguments], benchmark | environ, log)
+        server = VllmServer(model, [*ARGUMENTS, *arguments], benchmark | environ, log)
         with self.console.status("") as status:
             server.start(lambda s: status.update(f"vllm serve ({name}) is starting: {s:.0f} s"))
         self.start_seconds[name] = server.start_seconds
@@ -213,6 +217,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
     with tempfile.TemporaryDirectory(prefix="flexquant-demo-") as work:
         demo = Demo(
             model=model,
+            served=str(options.calibrated or calibrated_checkpoint(Path(model)) or model),
             out=options.out,
             work=Path(work),
             console=console,
@@ -224,16 +229,30 @@ def run(options: argparse.Namespace, console: Console) -> None:
         console.rule("2 reference: the unquantized checkpoint in fp32")
         weights = demo.compute_reference()
         console.rule("3 vllm serve --dtype bfloat16")
-        with demo.serve("bf16", (), {"VLLM_FLEXQUANT_DISABLE": "1"}) as server:
+        disabled = {"VLLM_FLEXQUANT_DISABLE": "1"}
+        with demo.serve("bf16", model, (), disabled) as server:
             watched(server, demo.measure_baseline(server.url, weights))
         console.rule("4 vllm serve --dtype bfloat16 --quantization flexquant")
+        if demo.served != model:
+            console.print(f"  calibrated checkpoint: {Path(demo.served).name}")
+            facts["calibrated"] = {
+                "name": Path(demo.served).name,
+                "sha256": hash_model(Path(demo.served)),
+            }
         environ = {
             "VLLM_PLUGINS": "flexquant",  # vLLM serves only the endpoints of plugins named here
             "VLLM_FLEXQUANT_TRACE_STEPS": str(TRACE_STEPS),
         }
-        with demo.serve("flexquant", ("--quantization", "flexquant"), environ) as server:
+        arguments = ("--quantization", "flexquant")
+        with demo.serve("flexquant", demo.served, arguments, environ) as server:
             watched(server, demo.measure_policies(server.url))
     finish(demo, options, facts, time.monotonic() - began)
+
+
+def calibrated_checkpoint(model: Path) -> Path | None:
+    """`MODEL-flexquant` beside the model, None where nobody made it."""
+    found = model.with_name(f"{model.name}-flexquant")
+    return found if (found / SIDECAR).is_file() else None
 
 
 def watched(server: VllmServer, work: Any) -> None:
@@ -252,7 +271,8 @@ def finish(demo: Demo, options: argparse.Namespace, facts: dict[str, Any], secon
     rows = report.with_ratios(demo.rows)
     dequantized = (Path(demo.model) / "conversion.json").is_file()
     tokens = rows[report.BASELINE]["text"]["tokens"]
-    remarks = report.notes(dequantized, tokens, demo.rounds, facts["machine"]["flags"])
+    calibrated = demo.served != demo.model
+    remarks = report.notes(dequantized, tokens, demo.rounds, facts["machine"]["flags"], calibrated)
     results = {
         "seconds": seconds,
         "start_seconds": demo.start_seconds,
@@ -278,6 +298,11 @@ def main() -> None:
     """Parse, run, and end with a message instead of a traceback where the cause is known."""
     parser = argparse.ArgumentParser(description="Serve a model at switching precision.")
     parser.add_argument("--model", help="checkpoint, default: SmolLM2-135M-Instruct")
+    parser.add_argument(
+        "--calibrated",
+        type=Path,
+        help="flexquant checkpoint of it to serve (default: MODEL-flexquant beside it, if there)",
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "demo" / "out")
     parser.add_argument(
         "--fast", action="store_true", help="one round, half the tokens and half the text"

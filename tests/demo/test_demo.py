@@ -13,6 +13,7 @@ from rich.console import Console
 from benchmarks.provenance import package_versions
 from demo import live, report, server
 from demo.prompts import PROMPTS
+from demo.run import calibrated_checkpoint
 
 STATUS = {
     "options": {"policy": "entropy"},
@@ -37,6 +38,15 @@ def printed(what) -> str:
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(what)
     return console.export_text()
+
+
+def test_a_calibrated_checkpoint_beside_the_model_is_found(tmp_path):
+    model = tmp_path / "some-model"
+    assert calibrated_checkpoint(model) is None
+    (tmp_path / "some-model-flexquant").mkdir()
+    assert calibrated_checkpoint(model) is None  # not complete
+    (tmp_path / "some-model-flexquant" / "flexquant.json").write_text("{}")
+    assert calibrated_checkpoint(model) == tmp_path / "some-model-flexquant"
 
 
 def test_prompts_are_a_dozen_different_ones():
@@ -66,6 +76,7 @@ def test_table_has_ratios_and_fits_a_terminal():
 
 def test_remarks_name_the_reference():
     assert "dequantized GGUF" in report.notes(True, 9, 3, [])
+    assert "calibrated checkpoint" in report.notes(True, 9, 3, [], calibrated=True)
     plain = report.notes(False, 9, 3, ["amx_bf16"])
     assert "GGUF" not in plain
     assert "AMX" in plain
