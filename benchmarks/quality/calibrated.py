@@ -15,13 +15,14 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich import box
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 from rich.table import Table
 from safetensors import safe_open
 
@@ -129,10 +130,17 @@ class Comparison:
         self.names = [unit.layers[0] for unit in checkpoint.record.units]
 
     def kl(
-        self, source: Source, choices: Sequence[Mapping[str, int]], progress: Progress, label: str
+        self,
+        source: Source,
+        choices: Sequence[Mapping[str, int]],
+        progress: Progress | None = None,
+        label: str = "",
     ) -> torch.Tensor:
         """KL in nats, fp32 [choices, tokens]."""
-        task = progress.add_task(label, total=len(self.model))
+        advance = None
+        if progress:
+            task = progress.add_task(label, total=len(self.model))
+            advance = partial(_advance, progress, task)
         weights = evaluate.NestedWeights(self.layout, lambda index: self._read(source, index))
         return evaluate.divergence(
             self.model,
@@ -140,7 +148,7 @@ class Comparison:
             self.blocks,
             self.tokens,
             choices,
-            lambda done: progress.update(task, completed=done),
+            advance,
         )
 
     def _read(self, source: Source, index: int) -> dict[str, tuple[QuantizedWeight, int]]:
@@ -154,6 +162,10 @@ class Comparison:
             if group_size is not None:
                 stored[name] = (source(name, layer.weight.data, group_size), group_size)
         return stored
+
+
+def _advance(progress: Progress, task: TaskID, done: int) -> None:
+    progress.update(task, completed=done)
 
 
 def rung_widths(record: CalibrationRecord, steps: int) -> dict[str, int]:
