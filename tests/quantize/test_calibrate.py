@@ -9,6 +9,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from vllm_flexquant.cli import app
@@ -38,7 +39,12 @@ def finished(tiny_model, settings, tmp_path_factory):
 
 
 def weights_of(folder):
-    return {f.name: f.read_bytes() for f in folder.glob("*.safetensors")}
+    """As bytes, tensor by tensor: safetensors writes its metadata in any order."""
+    return {
+        name: tensor.numpy().tobytes()
+        for file in folder.glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
 
 
 def test_the_checkpoint_holds_what_was_found(finished):
@@ -48,6 +54,9 @@ def test_the_checkpoint_holds_what_was_found(finished):
     sidecar = json.loads((out / "flexquant.json").read_text())
     assert read_calibration(sidecar) == record
     assert sidecar["provenance"]["method"] == "nested GPTQ"
+    card = (out / "README.md").read_text()
+    assert f"| uniform 4 bit | 4 | | {record.uniform_kl[4][0]:.5f} |" in card
+    assert card.count("| level ") == 5
     assert stages == [
         "rounding", "sensitivity, estimated", "sensitivity, measured", "ladder, greedy",
         "ladder, measured", "probe", "writing",
@@ -138,6 +147,7 @@ def test_inspect_prints_it(finished):
     assert "nested GPTQ" in result.output
     assert f"{record.uniform_kl[4][0]:.4f}" in result.output
     assert "27 levels by greedy search" in result.output
+    assert "a static checkpoint for each level would take" in result.output
     as_json = CliRunner().invoke(app, ["inspect", str(out), "--json"])
     assert json.loads(as_json.output)["calibration"]["ladder"]["search"] == "greedy"
 

@@ -47,3 +47,9 @@ def report(checkpoint: Path, as_json: bool) -> Iterator[str]:
         f"{text.get('held_back_tokens')}"
     )
     yield from describe(calibration)
+    if calibration.ladder:
+        every = sum(rung.bytes_read for rung in calibration.ladder.rungs)
+        yield (
+            f"a static checkpoint for each level would take {every / 1e9:.1f} GB for these layers "
+            f"alone, {every / stored:.0f} times this one"
+        )

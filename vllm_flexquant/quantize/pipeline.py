@@ -31,6 +31,7 @@ from vllm_flexquant.format.checkpoint import (
 )
 from vllm_flexquant.format.layout import choose_group_size
 from vllm_flexquant.format.record import CalibrationRecord
+from vllm_flexquant.quantize.card import write_card
 from vllm_flexquant.quantize.rtn import QuantizedWeight, quantize_rtn
 
 _KEPT = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README*")
@@ -132,6 +133,8 @@ def quantize_checkpoint(
         config["quantization_config"] = stored.model_dump(mode="json")
         (folder / "config.json").write_text(json.dumps(config, indent=2))
         _write_sidecar(folder, model, files, rounded)
+        if rounded:
+            write_card(folder, model.name, str(options.layout), rounded.calibration)
         modules = validate_checkpoint(folder, verify=False)
         if out.exists():
             out.rmdir()

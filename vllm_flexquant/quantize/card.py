@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model card of a calibrated checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from vllm_flexquant.format.record import CalibrationRecord
+
+CARD = "README.md"
+BASE_CARD = "README.base-model.md"
+"""What the source's own card is kept as."""
+
+_SHOWN_RUNGS = 12
+
+
+def write_card(folder: Path, source: str, layout: str, record: CalibrationRecord) -> None:
+    """Write `README.md` into a checkpoint folder; a card that was copied there is kept beside."""
+    card = folder / CARD
+    if card.exists():
+        card.rename(folder / BASE_CARD)
+    card.write_text("\n".join(_lines(source, layout, record)) + "\n", encoding="utf-8")
+
+
+def _lines(source: str, layout: str, record: CalibrationRecord) -> Iterator[str]:
+    text = record.text
+    yield from ("---", f"base_model: {source}", "library_name: vllm", "---", "")
+    yield f"# {source}, nested weights for vllm-flexquant"
+    yield ""
+    yield f"One copy of the weights in planes {layout}, of which every layer can run at any width:"
+    yield ""
+    yield "    vllm serve THIS_FOLDER"
+    yield ""
+    yield (
+        "KL to the unquantized model in nats per token, of the weights alone, measured on (a part "
+        f"of) {text.get('held_back_tokens')} tokens held back from the calibration text "
+        f"({text.get('text')}, sha256 {str(text.get('sha256'))[:12]}):"
+    )
+    yield ""
+    yield "| | mean bits | MB read per step | KL | standard error |"
+    yield "|---|---|---|---|---|"
+    for width, (kl, error) in record.uniform_kl.items():
+        yield f"| uniform {width} bit | {width} | | {kl:.5f} | {error:.5f} |"
+    if record.ladder:
+        measured = [rung for rung in record.ladder.rungs if rung.measured]
+        count = min(_SHOWN_RUNGS, len(measured))
+        for i in range(count):
+            rung = measured[i * (len(measured) - 1) // max(count - 1, 1)]
+            level = len(record.ladder.rungs) - 1 - rung.steps
+            yield (
+                f"| level {level} of {len(record.ladder.rungs) - 1} | {rung.mean_bits:.2f} "
+                f"| {rung.bytes_read / 1e6:.1f} | {rung.kl_nats:.5f} | {rung.error:.5f} |"
+            )
+    yield ""
+    yield "Sensitivities, the whole ladder and the probe are in `flexquant.json`."
