@@ -75,3 +75,15 @@ def test_the_tree_believes_what_it_measures_more_than_the_estimate():
 def test_bad_tree_sizes():
     with pytest.raises(ValueError, match="branch 0 and stem 2 must be at least 1"):
         tree({}, {}, additive({}), branch=0)
+
+
+def test_candidates_of_a_node_differ_however_large_the_bundle():
+    costs = {f"unit{i}": {4: 0.1 + i / 100, 8: 0.0} for i in range(8)}
+    asked = []
+
+    def measure(choices):
+        asked.append(len({tuple(c.items()) for c in choices}))
+        return additive(costs)(choices)
+
+    tree(costs, dict.fromkeys(costs, 64), measure, branch=3, stem=1, bundle=0.25)
+    assert asked[:3] == [3, 3, 3]

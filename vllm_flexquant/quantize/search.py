@@ -94,9 +94,9 @@ def tree(
     """All steps in the order that the tree search finds.
 
     Args:
-        bundle: a node of the tree is so many of the bytes that can be saved, in consecutive greedy
-            steps that start with one candidate, because measuring every single step of every
-            candidate would take days on a large model.
+        bundle: a node of the tree is this share of the bytes that can be saved, in greedy steps
+            that start with one candidate: measuring every single step of every candidate would
+            take days on a large model.
         advance: called with the share of the search that is done.
 
     Raises:
@@ -130,7 +130,10 @@ def tree(
 def _grow(
     node: _Branch, costs: Costs, weights: Mapping[str, int], branch: int, size: float
 ) -> list[_Branch]:
-    """`node` with a bundle of steps more, one for each of the best `branch` first steps."""
+    """`node` with a bundle of steps more, one for each of the best `branch` first steps.
+
+    A candidate leaves the units of better first steps alone, or all bundles would be the same.
+    """
     options = []
     for name, width in node.widths.items():
         lower = [w for w in costs[name] if w < width]
@@ -138,15 +141,19 @@ def _grow(
             target = max(lower)
             extra = costs[name][target] - costs[name][width]
             options.append((extra / (weights[name] * (width - target)), name, target, extra))
+    options.sort()
     grown = []
-    for _, name, target, extra in sorted(options)[:branch]:
+    for rank, (_, name, target, extra) in enumerate(options[:branch]):
         widths = node.widths | {name: target}
         steps = [*node.steps, Step(name, target, extra)]
         saved = weights[name] * (node.widths[name] - target)
-        rest = greedy(
-            {n: {w: kl for w, kl in c.items() if w <= widths[n]} for n, c in costs.items()}, weights
-        )
-        for step in rest:
+        left_alone = {option[1] for option in options[:rank]}
+        open_costs = {
+            n: {w: kl for w, kl in c.items() if w <= widths[n]}
+            for n, c in costs.items()
+            if n not in left_alone
+        }
+        for step in greedy(open_costs, weights):
             if saved >= size:
                 break
             saved += weights[step.unit] * (widths[step.unit] - step.width)
