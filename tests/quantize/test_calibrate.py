@@ -140,6 +140,22 @@ def test_the_tree_search_and_another_layout(tiny_model, settings, tmp_path):
     assert set(record.uniform_kl) == {2, 3, 4, 6, 8}
 
 
+def test_a_tied_output_layer_can_be_stored(tiny_model, settings, finished, tmp_path):
+    out = tmp_path / "out"
+    record = calibrate_checkpoint(
+        tiny_model, out, FlexQuantOptions(), replace(settings, store_output=True)
+    )
+    assert len(validate_checkpoint(out)) == 3 * 7 + 1
+    config = json.loads((out / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+    assert config["quantization_config"]["output_layer"] == "planes"
+    before, after = (
+        {unit.layers[0]: unit.sensitivity for unit in r.units}["lm_head"]
+        for r in (finished[1], record)
+    )
+    assert after[4][0] < 0.8 * before[4][0]
+
+
 def test_inspect_prints_it(finished):
     out, record, _ = finished
     result = CliRunner().invoke(app, ["inspect", str(out)])

@@ -65,6 +65,13 @@ def quantize(
     ] = "greedy",
     branch: Annotated[int, typer.Option(min=1, help="Candidates per node of the tree.")] = 4,
     stem: Annotated[int, typer.Option(min=1, help="Candidates that survive.")] = 2,
+    store_output: Annotated[
+        bool,
+        typer.Option(
+            help="Give an output layer that is tied to the embedding planes of its own: better at "
+            "few bits, more bytes."
+        ),
+    ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted run.")
     ] = False,
@@ -90,6 +97,7 @@ def quantize(
             settings={
                 "sequences": sequences,
                 "length": length,
+                "store_output": store_output,
                 "branch": branch,
                 "stem": stem,
                 "device": device,

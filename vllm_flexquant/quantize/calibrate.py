@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -40,8 +40,9 @@ from vllm_flexquant.quantize.rounding import (
     block_file,
     read_block,
     round_blocks,
+    round_output,
 )
-from vllm_flexquant.quantize.rtn import QuantizedWeight, quantize_rtn
+from vllm_flexquant.quantize.rtn import QuantizedWeight
 from vllm_flexquant.quantize.workfolder import WorkFolder, to_tensors
 
 Advance = Callable[[str, float], None]
@@ -63,8 +64,10 @@ class CalibrationOptions:
     """What `flexquant quantize` can be told besides the format.
 
     text: as `calibration.read_text`. sequences of length tokens calibrate, a third as many more
-    measure. measured_rungs: levels whose KL is measured. measured_units: widths of units whose KL
-    is measured beside the estimate.
+    measure. store_output: an output layer that is tied to the embedding gets planes of its own in
+    the checkpoint, rounded by its inputs; else it is rounded to nearest from the embedding when it
+    is served. measured_rungs: levels whose KL is measured. measured_units: widths of units whose
+    KL is measured beside the estimate.
     """
 
     text: str = calibration.BUILT_IN
@@ -74,6 +77,7 @@ class CalibrationOptions:
     stem: int = 2
     sequences: int = 96
     length: int = 512
+    store_output: bool = False
     measured_rungs: int = 16
     measured_units: int = 24
     seed: int = 0
@@ -155,6 +159,9 @@ class _Run:
         self.weights = evaluate.NestedWeights(
             options.layout, lambda index: read_block(work, self.rounding, index)
         )
+        config = self.model.model.config.get_text_config()
+        tied = bool(getattr(config, "tie_word_embeddings", False))
+        self.stores_output = settings.store_output or not tied
         self._block_of: dict[str, int] = {}
         self._cached: tuple[int, Mapping[str, tuple[QuantizedWeight, int]]] | None = None
 
@@ -194,6 +201,8 @@ class _Run:
             for unit in units
             for name in unit.members
         }
+        if self.output and self.stores_output:
+            self._block_of[evaluate.OUTPUT] = -1
         self.units = [*chain(*self.blocks), *([self.output] if self.output else [])]
         self.sizes = {unit.name: unit.weights for unit in self.units}
         costs, checked = self._sensitivities()
@@ -221,12 +230,12 @@ class _Run:
         )
 
     def _round_output(self) -> None:
-        """To nearest, as it will be when the served model quantizes it from the embedding."""
         if self.work.read_tensors(block_file(-1)) is None:
-            weight = self.model.model.get_output_embeddings().weight.data
-            size = choose_group_size(weight.shape[1], self.options.group_size)
-            assert size is not None
-            rounded = quantize_rtn(weight, self.options.layout, size, name=evaluate.OUTPUT)
+            options = self.rounding
+            if not self.stores_output:
+                # as it will be when the served model quantizes it from the embedding
+                options = replace(options, method="rtn")
+            rounded = round_output(self.model, self.tokens.fit, options, self.work, evaluate.OUTPUT)
             self.work.write_tensors(block_file(-1), to_tensors({evaluate.OUTPUT: rounded}))
 
     def _divergence(

@@ -12,8 +12,10 @@ widths is that of MatGPTQ, 2026; the search over prefixes and the scales per wid
 2. Columns, the one with the most energy first: for each width both neighbours of its target are
    tried, the widths above taking the nearest code in the bin that is left, and the code with the
    least sum of squared errors, each in steps of its own width, wins.
-3. Scales: with the codes fixed, scale and offset of all groups of a row are the solution of one
-   linear least-squares problem in the layer's output. Steps 2 and 3 are repeated.
+3. Scales: with the codes fixed, scale and offset of all groups of a row at a lower width are the
+   solution of one linear least-squares problem in the layer's output. The parent keeps its own: its
+   codes were chosen for the pair as rounded to fp16, and rounding another would be an error common
+   to a whole group. Steps 2 and 3 are repeated.
 """
 
 from __future__ import annotations
@@ -31,6 +33,9 @@ _BLOCK = 128
 
 _ROW_CHUNK_ELEMENTS = 1 << 24
 """fp32 elements of the least-squares systems that are held at a time."""
+
+_COPY_ELEMENTS = 1 << 27
+"""fp32 elements of the compensated copies of the weights that are held at a time."""
 
 
 @dataclass(frozen=True)
@@ -79,15 +84,18 @@ def nested_gptq(
             f"{name} got NaN or infinite inputs from the calibration text; "
             "check the checkpoint or name the layer in 'ignore'"
         )
-    target = weight.float()
     hessian = _damped(hessian, settings.damping)
     order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
     spread = _spread(hessian[order][:, order])
-    scales = start.scales
-    codes = start.codes
-    for _ in range(settings.rounds):
-        codes = _round_columns(target, spread, order, scales, layout, group_size, settings)
-        scales = _fit_scales(target, hessian, codes, scales, layout, group_size)
+    codes, scales = torch.empty_like(start.codes), torch.empty_like(start.scales)
+    step = max(1, _COPY_ELEMENTS // (weight.shape[1] * len(layout.widths)))
+    for first in range(0, len(weight), step):  # rows do not depend on each other
+        part = slice(first, first + step)
+        target, pairs = weight[part].float(), start.scales[part]
+        for _ in range(settings.rounds):
+            rounded = _round_columns(target, spread, order, pairs, layout, group_size, settings)
+            pairs = _fit_scales(target, hessian, rounded, pairs, layout, group_size)
+        codes[part], scales[part] = rounded, pairs
     return QuantizedWeight(codes, scales)
 
 
@@ -228,7 +236,7 @@ def _fit_scales(
     layout: PlaneLayout,
     group_size: int,
 ) -> torch.Tensor:
-    """fp16 [N, G, S, 2] that minimise the error of the layer's output at each width."""
+    """fp16 [N, G, S, 2] that minimise the error of the layer's output at each lower width."""
     rows, columns = target.shape
     groups = columns // group_size
     summed = hessian.unflatten(1, (groups, group_size)).sum(-1)  # [K, G]

@@ -34,6 +34,8 @@ from vllm_flexquant.format.record import CalibrationRecord
 from vllm_flexquant.quantize.card import write_card
 from vllm_flexquant.quantize.rtn import QuantizedWeight, quantize_rtn
 
+_OUTPUT = "lm_head"
+
 _KEPT = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README*")
 """What is copied beside the weights."""
 
@@ -121,15 +123,17 @@ def quantize_checkpoint(
                 if not file.name.endswith(".index.json"):
                     shutil.copy2(file, folder)
         written = _write_weights(files, folder, chosen, options, progress, rounded)
-        if missing := sorted(set(chosen) - written - {"lm_head"}):
+        if missing := sorted(set(chosen) - written - {_OUTPUT}):
             raise ValueError(f"{model} lacks {missing[0]}.weight; copy the checkpoint again")
         stored = StoredConfig(
             layout=str(options.layout),
             group_size=options.group_size,
             scales=options.scales,
             output_layer=_output_layer(chosen, written, config),
-            ignore=tuple(sorted(name for name in ignored if name != "lm_head")),
+            ignore=tuple(sorted(name for name in ignored if name != _OUTPUT)),
         )
+        if stored.output_layer is OutputLayer.PLANES:
+            config["tie_word_embeddings"] = False  # or vLLM would not read its planes
         config["quantization_config"] = stored.model_dump(mode="json")
         (folder / "config.json").write_text(json.dumps(config, indent=2))
         _write_sidecar(folder, model, files, rounded)
@@ -163,7 +167,7 @@ def choose_layers(
     for name, (rows, columns) in linear_modules(model).items():
         if any(name == i or name.endswith(f".{i}") for i in options.ignore):
             ignored[name] = "named in ignore"
-        elif name == "lm_head" and not options.output_layer:
+        elif name == _OUTPUT and not options.output_layer:
             ignored[name] = "output layer switched off"
         elif choose_group_size(columns, options.group_size) is None:
             ignored[name] = f"no group size divides its {columns} inputs"
@@ -200,17 +204,26 @@ def _write_weights(
             continue
         group_size = choose_group_size(tensor.shape[1], options.group_size)
         assert group_size is not None
-        codes, scales = (rounded.read(module) if rounded else None) or quantize_rtn(
+        quantized = (rounded.read(module) if rounded else None) or quantize_rtn(
             tensor, options.layout, group_size, options.scales, name=name
         )
-        planes = pack_planes(codes, options.layout.planes)
-        names = tensor_names(module, options.layout)
-        pending[file] |= dict(zip(names, [*planes, scales], strict=True))
+        pending[file] |= _planes(module, quantized, options)
         written.add(module)
         if progress:
             progress(module, len(written), len(chosen))
+    if rounded and {_OUTPUT} & set(chosen) - written and (output := rounded.read(_OUTPUT)):
+        # tied to the embedding, but with planes of its own
+        pending[files[-1]] |= _planes(_OUTPUT, output, options)
+        written.add(_OUTPUT)
     _flush(pending, folder)
     return written
+
+
+def _planes(
+    module: str, quantized: QuantizedWeight, options: FlexQuantOptions
+) -> dict[str, torch.Tensor]:
+    planes = pack_planes(quantized.codes, options.layout.planes)
+    return dict(zip(tensor_names(module, options.layout), [*planes, quantized.scales], strict=True))
 
 
 def _flush(pending: dict[Path, dict[str, torch.Tensor]], folder: Path) -> None:
@@ -221,9 +234,9 @@ def _flush(pending: dict[Path, dict[str, torch.Tensor]], folder: Path) -> None:
 
 
 def _output_layer(chosen: dict, written: set[str], config: dict) -> OutputLayer:
-    if "lm_head" in written:
+    if _OUTPUT in written:
         return OutputLayer.PLANES
-    if "lm_head" in chosen or config.get("tie_word_embeddings"):
+    if _OUTPUT in chosen or config.get("tie_word_embeddings"):
         return OutputLayer.TIED
     return OutputLayer.PLAIN
 

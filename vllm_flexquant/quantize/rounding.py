@@ -83,6 +83,35 @@ def round_blocks(
     return found
 
 
+def round_output(
+    model: BlockModel, tokens: torch.Tensor, options: RoundingOptions, work: WorkFolder, name: str
+) -> QuantizedWeight:
+    """The output layer, by what the rounded blocks give it; `round_blocks` must have been run."""
+    layer = model.model.get_output_embeddings()
+    weight = layer.weight.data
+    group_size = choose_group_size(weight.shape[1], options.group_size)
+    assert group_size is not None
+    if options.method == "rtn":
+        return quantize_rtn(weight, options.layout, group_size, name=name)
+    batches = list(tokens.split(max(1, _BATCH_TOKENS // tokens.shape[1])))
+    columns = weight.shape[1]
+    hessian = torch.zeros(columns, columns, device=model.device)
+    seen = 0
+
+    def note(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        nonlocal seen
+        seen = accumulate_hessian(hessian, args[0], seen)
+
+    handle = layer.register_forward_pre_hook(note)
+    nothing = torch.zeros(1, columns)  # only the input is wanted, not the logits
+    with torch.inference_mode():
+        hidden = _hidden_before(model, len(model), batches, options, work)
+        for batch, given in zip(batches, hidden, strict=True):
+            model.logits(batch, given, nothing)
+    handle.remove()
+    return nested_gptq(weight, hessian, options.layout, group_size, options.gptq, name)
+
+
 def block_file(index: int) -> str:
     """Name in the work folder of a block's codes; -1 is the output layer."""
     return "output" if index < 0 else f"block-{index:05d}"
