@@ -29,6 +29,7 @@ from safetensors import safe_open
 from benchmarks.provenance import ROOT, provenance, write_json
 from flexquant_kernels.pack import unpack_planes
 from vllm_flexquant.format.checkpoint import (
+    OUTPUT_LAYER,
     OutputLayer,
     StoredConfig,
     read_sidecar,
@@ -77,7 +78,7 @@ class StoredCheckpoint:
 
     def layer(self, name: str, weight: torch.Tensor, group_size: int) -> QuantizedWeight:
         """As stored; a tied output layer is rounded from the embedding, as the engine does."""
-        if name == evaluate.OUTPUT and self.config.output_layer is OutputLayer.TIED:
+        if name == OUTPUT_LAYER and self.config.output_layer is OutputLayer.TIED:
             return quantize_rtn(weight, self.layout, group_size)
         *planes, scales = (self._read(n) for n in tensor_names(name, self.layout))
         codes = unpack_planes(planes, self.layout.planes, PARENT_BITS, weight.shape[1])
@@ -141,26 +142,21 @@ class Comparison:
         if progress:
             task = progress.add_task(label, total=len(self.model))
             advance = partial(_advance, progress, task)
-        weights = evaluate.NestedWeights(self.layout, lambda index: self._read(source, index))
-        return evaluate.divergence(
-            self.model,
-            weights,
-            self.blocks,
-            self.tokens,
-            choices,
-            advance,
+        nested = evaluate.NestedModel(
+            self.model, self.blocks, self.layout, partial(self._read, source)
         )
+        return evaluate.divergence(nested, self.tokens, choices, advance)
 
-    def _read(self, source: Source, index: int) -> dict[str, tuple[QuantizedWeight, int]]:
-        if index < 0:
-            layers = [(evaluate.OUTPUT, self.model.model.get_output_embeddings())]
+    def _read(self, source: Source, index: int) -> dict[str, QuantizedWeight]:
+        if index == evaluate.OUTPUT_INDEX:
+            layers = [(OUTPUT_LAYER, self.model.model.get_output_embeddings())]
         else:
             layers = self.model.linears(index)
         stored = {}
         for name, layer in layers:
             group_size = choose_group_size(layer.in_features, self.checkpoint.config.group_size)
             if group_size is not None:
-                stored[name] = (source(name, layer.weight.data, group_size), group_size)
+                stored[name] = source(name, layer.weight.data, group_size)
         return stored
 
 

@@ -33,11 +33,6 @@ from vllm_flexquant.quantize.calibration import BUILT_IN, cut_tokens, load_token
 from vllm_flexquant.quantize.evaluate import mean_and_error
 
 
-def mean_bits(sizes: Mapping[str, int], widths: Mapping[str, int]) -> float:
-    """Mean width over weights."""
-    return sum(sizes[n] * w for n, w in widths.items()) / sum(sizes.values())
-
-
 def largest_gap_mb(sizes: Mapping[str, int], steps: Sequence[search.Step]) -> float:
     """Most bytes that one step saves, in MB."""
     widths = dict.fromkeys(sizes, PARENT_BITS)
@@ -51,7 +46,7 @@ def largest_gap_mb(sizes: Mapping[str, int], steps: Sequence[search.Step]) -> fl
 def at_bits(sizes: Mapping[str, int], steps: Sequence[search.Step], bits: float) -> dict[str, int]:
     """The rung whose mean bits are nearest."""
     rungs = search.rungs(dict.fromkeys(sizes, PARENT_BITS), steps)
-    return min(rungs, key=lambda widths: abs(mean_bits(sizes, widths) - bits))
+    return min(rungs, key=lambda widths: abs(search.mean_bits(sizes, widths) - bits))
 
 
 def main() -> None:
@@ -117,7 +112,7 @@ def main() -> None:
     for i, name in enumerate(ladders):
         part = slice(i * len(options.bits), (i + 1) * len(options.bits))
         results[name]["kl"] = [
-            {"mean_bits": mean_bits(sizes, widths)}
+            {"mean_bits": search.mean_bits(sizes, widths)}
             | dict(zip(("kl_nats", "standard_error"), mean_and_error(kl), strict=True))
             for widths, kl in zip(choices[part], found[part], strict=True)
         ]

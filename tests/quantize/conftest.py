@@ -2,7 +2,9 @@
 """A tiny random model with a tokenizer, and text for it."""
 
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,25 +13,36 @@ WORDS = [f"w{i}" for i in range(90)]
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def save_llama() -> Callable[..., None]:
+    """Writes a random Llama of 64 hidden units into a folder; keywords are of its config."""
+
+    def save(folder: Path, dtype: torch.dtype, **config: Any) -> None:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        small = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **small, **config))
+        model.to(dtype).save_pretrained(folder)
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory, save_llama: Callable[..., None]) -> Path:
     """Llama of 3 blocks, tied output layer, fp16, with a word-level tokenizer."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     folder = tmp_path_factory.mktemp("tiny")
-    config = AutoConfig.for_model(
-        "llama",
+    save_llama(
+        folder,
+        torch.float16,
         vocab_size=96,
-        hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
         tie_word_embeddings=True,
         initializer_range=0.1,
     )
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).half().save_pretrained(folder)
     vocabulary = {"<unk>": 0, "<end>": 1} | {word: i + 2 for i, word in enumerate(WORDS)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

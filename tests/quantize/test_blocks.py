@@ -6,10 +6,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vllm_flexquant.format import PlaneLayout
-from vllm_flexquant.quantize import evaluate, sensitivity
+from vllm_flexquant.format.checkpoint import OUTPUT_LAYER
+from vllm_flexquant.quantize import sensitivity
 from vllm_flexquant.quantize.blocks import BlockModel
-from vllm_flexquant.quantize.evaluate import NestedWeights, divergence
-from vllm_flexquant.quantize.gptq import dequantize_codes
+from vllm_flexquant.quantize.evaluate import OUTPUT_INDEX, NestedModel, divergence
 from vllm_flexquant.quantize.rtn import quantize_rtn
 
 LAYOUT = PlaneLayout()
@@ -43,14 +43,14 @@ def all_units(model, tokens):
 @pytest.fixture(scope="module")
 def nested(blocks, tokens):
     def read(index):
-        if index < 0:
+        if index == OUTPUT_INDEX:
             weight = blocks.model.get_output_embeddings().weight.data
-            return {evaluate.OUTPUT: (quantize_rtn(weight, LAYOUT, 64), 64)}
+            return {OUTPUT_LAYER: quantize_rtn(weight, LAYOUT, 64)}
         with blocks.loaded(index):
-            return {n: (quantize_rtn(m.weight, LAYOUT, 64), 64) for n, m in blocks.linears(index)}
+            return {n: quantize_rtn(m.weight, LAYOUT, 64) for n, m in blocks.linears(index)}
 
-    stored = {index: read(index) for index in range(-1, len(blocks))}
-    return NestedWeights(LAYOUT, stored.__getitem__)
+    stored = {index: read(index) for index in range(OUTPUT_INDEX, len(blocks))}
+    return NestedModel(blocks, all_units(blocks, tokens), LAYOUT, stored.__getitem__)
 
 
 def test_block_by_block_is_the_whole_model(whole, blocks, tokens):
@@ -80,15 +80,15 @@ def test_layers_with_one_input_are_one_unit(blocks, tokens):
     assert units[0].name == "model.layers.1.self_attn.q_proj"
 
 
-def test_divergence_is_that_of_the_model_with_those_weights(whole, blocks, tokens, nested):
-    units = all_units(blocks, tokens)
+def test_divergence_is_that_of_the_model_with_those_weights(whole, tokens, nested):
+    units = nested.units
     choices = [
         {},
         {units[1][2].name: 4},
         {u.name: 6 for part in units for u in part},
-        {u.name: 4 for part in units for u in part} | {evaluate.OUTPUT: 4},
+        {u.name: 4 for part in units for u in part} | {OUTPUT_LAYER: 4},
     ]
-    found = divergence(blocks, nested, units, tokens, choices)
+    found = divergence(nested, tokens, choices)
     assert found.shape == (4, tokens.numel())
     assert found[0].abs().max() == 0
     members = {u.name: u.members for part in units for u in part}
@@ -98,9 +98,8 @@ def test_divergence_is_that_of_the_model_with_those_weights(whole, blocks, token
             changed = {}
             for unit, width in choice.items():
                 for name in members.get(unit, (unit,)):
-                    index = -1 if unit == evaluate.OUTPUT else int(name.split(".")[2])
-                    quantized, group = nested.read(index)[name]
-                    changed[f"{name}.weight"] = dequantize_codes(quantized, LAYOUT, group, width)
+                    index = OUTPUT_INDEX if unit == OUTPUT_LAYER else int(name.split(".")[2])
+                    changed[f"{name}.weight"] = nested.read(index)[name].dequantize(LAYOUT, width)
             # the embedding is tied to the output layer, but is looked up unquantized
             served = torch.func.functional_call(
                 whole, changed, (tokens,), tie_weights=False
@@ -109,21 +108,20 @@ def test_divergence_is_that_of_the_model_with_those_weights(whole, blocks, token
             assert torch.allclose(kl, expected, atol=1e-5, rtol=1e-3)
 
 
-def test_choices_do_not_depend_on_each_other(blocks, tokens, nested):
-    units = all_units(blocks, tokens)
+def test_choices_do_not_depend_on_each_other(tokens, nested):
+    units = nested.units
     some = [{units[0][0].name: 4}, {units[2][3].name: 4}, {units[0][0].name: 4}]
-    together = divergence(blocks, nested, units, tokens, some)
+    together = divergence(nested, tokens, some)
     for choice, kl in zip(some, together, strict=True):
-        assert torch.equal(divergence(blocks, nested, units, tokens, [choice])[0], kl)
+        assert torch.equal(divergence(nested, tokens, [choice])[0], kl)
 
 
-def test_estimated_sensitivities_rank_as_measured_ones(blocks, nested):
+def test_estimated_sensitivities_rank_as_measured_ones(nested):
     tokens = torch.randint(2, 90, (16, 32), generator=torch.Generator().manual_seed(2))
-    units = all_units(blocks, tokens)
-    costs = sensitivity.estimate(blocks, nested, units, tokens)
-    pairs = [(u.name, w) for part in units for u in part for w in (4, 6)]
+    costs = sensitivity.estimate(nested, tokens)
+    pairs = [(u.name, w) for part in nested.units for u in part for w in (4, 6)]
     assert set(costs) == {name for name, _ in pairs}
-    measured = divergence(blocks, nested, units, tokens, [{n: w} for n, w in pairs]).mean(-1)
+    measured = divergence(nested, tokens, [{n: w} for n, w in pairs]).mean(-1)
     estimated = [costs[n][w].kl for n, w in pairs]
     assert sensitivity.rank_correlation(estimated, measured.tolist()) > 0.9
     ratio = torch.tensor(estimated) / measured

@@ -6,7 +6,6 @@ from vllm_flexquant.format import PlaneLayout
 from vllm_flexquant.quantize.gptq import (
     GptqSettings,
     accumulate_hessian,
-    dequantize_codes,
     nested_gptq,
     output_error,
 )
@@ -33,8 +32,8 @@ def problem(rows=48, columns=128, seed=0):
 def test_every_width_is_better_than_round_to_nearest(text):
     layout = PlaneLayout.parse(text)
     weight, hessian = problem()
-    nearest = output_error(weight, hessian, quantize_rtn(weight, layout, 64), layout, 64)
-    nested = output_error(weight, hessian, nested_gptq(weight, hessian, layout, 64), layout, 64)
+    nearest = output_error(weight, hessian, quantize_rtn(weight, layout, 64), layout)
+    nested = output_error(weight, hessian, nested_gptq(weight, hessian, layout, 64), layout)
     assert set(nested) == set(layout.widths)
     for width in layout.widths[:-1]:
         assert nested[width] < 0.9 * nearest[width]
@@ -52,9 +51,9 @@ def test_the_error_is_that_of_the_layers_output():
         seen = accumulate_hessian(hessian, part, seen)
     assert seen == len(inputs)
     quantized = quantize_rtn(weight, layout, 64)
-    error = output_error(weight, hessian, quantized, layout, 64)
+    error = output_error(weight, hessian, quantized, layout)
     for width in layout.widths:
-        back = dequantize_codes(quantized, layout, 64, width)
+        back = quantized.dequantize(layout, width)
         moved = (inputs @ (back - weight).T).square().sum() / (inputs @ weight.T).square().sum()
         assert error[width] == pytest.approx(float(moved), rel=1e-3)
 
@@ -70,7 +69,6 @@ def test_more_emphasis_on_the_lowest_width_helps_it_at_the_cost_of_the_others():
                 weight, hessian, layout, 64, GptqSettings(emphasis=(1.0, emphasis, emphasis))
             ),
             layout,
-            64,
         )
         for emphasis in (1e-4, 4.0)
     }
@@ -97,7 +95,7 @@ def test_constant_groups_dead_inputs_and_few_tokens():
     quantized = nested_gptq(weight, hessian, layout, 64)
     assert torch.isfinite(quantized.scales).all()
     for width in layout.widths:
-        back = dequantize_codes(quantized, layout, 64, width)
+        back = quantized.dequantize(layout, width)
         assert torch.isfinite(back).all()
         assert (back[2]).abs().max() < 1e-3
         assert (back - weight)[:, :64].abs().max() < 2e-3

@@ -15,23 +15,17 @@ from vllm_flexquant.quantize.pipeline import quantize_checkpoint
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def model(tmp_path_factory, save_llama):
     """A tiny random Llama in bf16, output layer of its own."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     folder = tmp_path_factory.mktemp("model")
-    config = AutoConfig.for_model(
-        "llama",
+    save_llama(
+        folder,
+        torch.bfloat16,
         vocab_size=100,
-        hidden_size=64,
         intermediate_size=160,
         num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
         tie_word_embeddings=False,
     )
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(folder)
     return folder
 
 

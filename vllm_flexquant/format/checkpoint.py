@@ -28,6 +28,9 @@ FORMAT_VERSION = "1.0"
 
 SIDECAR = "flexquant.json"
 
+OUTPUT_LAYER = "lm_head"
+"""Module name of the output layer."""
+
 
 class OutputLayer(StrEnum):
     """Where the output layer's weights are."""

@@ -97,6 +97,12 @@ class PlaneLayout:
         return "|".join(map(str, self.planes))
 
 
+def bytes_read(rows: int, columns: int, group_size: int, width: int) -> int:
+    """Bytes that one pass over a layer [rows, columns] reads at `width` bits: planes, and a fp16
+    scale and offset per group."""
+    return rows * columns * width // PARENT_BITS + rows * (columns // group_size) * 4
+
+
 def choose_group_size(input_size: int, preferred: int = GROUP_SIZES[0]) -> int | None:
     """The largest group size not above `preferred` that divides `input_size`.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -16,8 +17,8 @@ from typing import Any, Literal
 import torch
 
 from vllm_flexquant.config import FlexQuantOptions
-from vllm_flexquant.format.checkpoint import hash_file
-from vllm_flexquant.format.layout import PARENT_BITS, ScaleMode, choose_group_size
+from vllm_flexquant.format.checkpoint import OUTPUT_LAYER, hash_file
+from vllm_flexquant.format.layout import PARENT_BITS, ScaleMode, bytes_read, choose_group_size
 from vllm_flexquant.format.record import (
     CalibrationRecord,
     LadderRecord,
@@ -152,18 +153,15 @@ class _Run:
         )
         self.advance = advance
         self.output = (
-            Unit((evaluate.OUTPUT,), (chosen[evaluate.OUTPUT][0],), chosen[evaluate.OUTPUT][1])
-            if evaluate.OUTPUT in chosen
+            Unit((OUTPUT_LAYER,), (chosen[OUTPUT_LAYER][0],), chosen[OUTPUT_LAYER][1])
+            if OUTPUT_LAYER in chosen
             else None
-        )
-        self.weights = evaluate.NestedWeights(
-            options.layout, lambda index: read_block(work, self.rounding, index)
         )
         config = self.model.model.config.get_text_config()
         tied = bool(getattr(config, "tie_word_embeddings", False))
         self.stores_output = settings.store_output or not tied
         self._block_of: dict[str, int] = {}
-        self._cached: tuple[int, Mapping[str, tuple[QuantizedWeight, int]]] | None = None
+        self._cached: tuple[int, Mapping[str, QuantizedWeight]] | None = None
 
     @contextmanager
     def stage(self, name: str) -> Any:
@@ -183,8 +181,8 @@ class _Run:
             return None
         index = self._block_of[name]
         if self._cached is None or self._cached[0] != index:
-            self._cached = (index, read_block(self.work, self.rounding, index))
-        return self._cached[1][name][0]
+            self._cached = (index, read_block(self.work, index))
+        return self._cached[1][name]
 
     def record(self, text: dict[str, Any]) -> CalibrationRecord:
         """All stages but the writing."""
@@ -195,6 +193,9 @@ class _Run:
             )
             if self.output:
                 self._round_output()
+        self.nested = evaluate.NestedModel(
+            self.model, self.blocks, self.options.layout, partial(read_block, self.work)
+        )
         self._block_of = {
             name: index
             for index, units in enumerate(self.blocks)
@@ -202,7 +203,7 @@ class _Run:
             for name in unit.members
         }
         if self.output and self.stores_output:
-            self._block_of[evaluate.OUTPUT] = -1
+            self._block_of[OUTPUT_LAYER] = evaluate.OUTPUT_INDEX
         self.units = [*chain(*self.blocks), *([self.output] if self.output else [])]
         self.sizes = {unit.name: unit.weights for unit in self.units}
         costs, checked = self._sensitivities()
@@ -230,13 +231,14 @@ class _Run:
         )
 
     def _round_output(self) -> None:
-        if self.work.read_tensors(block_file(-1)) is None:
+        file = block_file(evaluate.OUTPUT_INDEX)
+        if not self.work.has_tensors(file):
             options = self.rounding
             if not self.stores_output:
                 # as it will be when the served model quantizes it from the embedding
                 options = replace(options, method="rtn")
-            rounded = round_output(self.model, self.tokens.fit, options, self.work, evaluate.OUTPUT)
-            self.work.write_tensors(block_file(-1), to_tensors({evaluate.OUTPUT: rounded}))
+            rounded = round_output(self.model, self.tokens.fit, options, self.work, OUTPUT_LAYER)
+            self.work.write_tensors(file, to_tensors({OUTPUT_LAYER: rounded}))
 
     def _divergence(
         self,
@@ -246,12 +248,7 @@ class _Run:
     ) -> torch.Tensor:
         blocks = len(self.model)
         return evaluate.divergence(
-            self.model,
-            self.weights,
-            self.blocks,
-            self._held_back(share),
-            choices,
-            lambda i: report(i / blocks),
+            self.nested, self._held_back(share), choices, lambda i: report(i / blocks)
         )
 
     def _held_back(self, share: float) -> torch.Tensor:
@@ -269,9 +266,7 @@ class _Run:
             with self.stage("sensitivity, estimated") as report:
                 blocks = len(self.model)
                 costs = sensitivity.estimate(
-                    self.model,
-                    self.weights,
-                    self.blocks,
+                    self.nested,
                     self._held_back(ESTIMATE_SHARE),
                     self.settings.seed,
                     lambda i: report(i / blocks),
@@ -382,12 +377,13 @@ class _Run:
             low, high = (max(known[a][0], 1e-9) for a in (below, above))
             span = sums[above] - sums[below]
             share = (sums[number] - sums[below]) / span if span > 0 else 0.0
-            bits = sum(self.sizes[n] * w for n, w in widths.items())
             rungs.append(
                 RungRecord(
                     steps=number,
-                    mean_bits=bits / sum(self.sizes.values()),
-                    bytes_read=bits // PARENT_BITS + self._scale_bytes(),
+                    mean_bits=search.mean_bits(self.sizes, widths),
+                    bytes_read=sum(
+                        self._bytes_read(unit, widths[unit.name]) for unit in self.units
+                    ),
                     kl_nats=known[number][0] if number in known else low * (high / low) ** share,
                     error=known[number][1] if number in known else None,
                     measured=number in known,
@@ -413,9 +409,7 @@ class _Run:
             low, high = (every[i] for i in number)
             with self.stage("probe") as report:
                 kl = self._divergence([low, high], lambda share: report(share * 0.7))
-                inputs = probe.inputs_of_blocks(
-                    self.model, self.weights, self.blocks, self.tokens.held_back, low, blocks
-                )
+                inputs = probe.inputs_of_blocks(self.nested, self.tokens.held_back, low, blocks)
                 sequences = torch.arange(len(self.tokens.held_back))
                 fitted = (sequences % 4 != 3).repeat_interleave(self.tokens.held_back.shape[1])
                 found = probe.fit(inputs, kl[0], kl[1], fitted)
@@ -434,10 +428,7 @@ class _Run:
             self.work.write_json("probe", stored)
         return ProbeRecord.model_validate(stored)
 
-    def _scale_bytes(self) -> int:
-        total = 0
-        for unit in self.units:
-            size = choose_group_size(unit.columns, self.options.group_size)
-            assert size is not None
-            total += search.scale_bytes(unit.weights, size)
-        return total
+    def _bytes_read(self, unit: Unit, width: int) -> int:
+        group_size = choose_group_size(unit.columns, self.options.group_size)
+        assert group_size is not None, "layers without a group size are not chosen"
+        return bytes_read(sum(unit.rows), unit.columns, group_size, width)

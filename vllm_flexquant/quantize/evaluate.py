@@ -7,14 +7,14 @@ choice that differs from the reference in one layer costs only the blocks from t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from vllm_flexquant.format.checkpoint import OUTPUT_LAYER
 from vllm_flexquant.format.layout import PlaneLayout
 from vllm_flexquant.quantize.blocks import BlockModel, Unit
-from vllm_flexquant.quantize.gptq import dequantize_codes
 from vllm_flexquant.quantize.rtn import QuantizedWeight
 
 Widths = Mapping[str, int]
@@ -23,22 +23,25 @@ Widths = Mapping[str, int]
 Advance = Callable[[int], None]
 """Called with the number of blocks done."""
 
-OUTPUT = "lm_head"
+OUTPUT_INDEX = -1
+"""Stands for the output layer where blocks have numbers."""
 
 _BATCH_TOKENS = 2048
 _LOGIT_TOKENS = 512
 
 
-@dataclass
-class NestedWeights:
-    """Codes and scales of layers, by name of the layer; those of a block are read as it is used.
+@dataclass(frozen=True)
+class NestedModel:
+    """A model whose units can run at any width of their codes.
 
-    read: called with a block's number, or -1 for the output layer; returns codes, scales and group
-    size of each of its layers.
+    units: of each block. read: called with a block's number or `OUTPUT_INDEX`, when the block is
+    used; returns codes and scales of its layers by name.
     """
 
+    model: BlockModel
+    units: Sequence[Sequence[Unit]]
     layout: PlaneLayout
-    read: Callable[[int], Mapping[str, tuple[QuantizedWeight, int]]]
+    read: Callable[[int], Mapping[str, QuantizedWeight]]
 
 
 @dataclass
@@ -50,9 +53,7 @@ class _Shared:
 
 
 def divergence(
-    model: BlockModel,
-    weights: NestedWeights,
-    units: Sequence[Sequence[Unit]],
+    nested: NestedModel,
     tokens: torch.Tensor,
     choices: Sequence[Widths],
     advance: Advance | None = None,
@@ -60,37 +61,32 @@ def divergence(
     """KL(reference || choice) in nats of every token, fp32 [choices, sequences * length].
 
     Args:
-        units: of each block.
         tokens: int64 [sequences, length].
         choices: widths of units; `{}` is the reference itself.
     """
     batches = list(tokens.split(max(1, _BATCH_TOKENS // tokens.shape[1])))
     everything = [{}, *choices]
     with torch.inference_mode():
-        start = [model.embed(batch) for batch in batches]
+        start = [nested.model.embed(batch) for batch in batches]
         groups = [_Shared(start, list(range(len(everything))))]
-        for index in range(len(model)):
-            groups = _through_block(
-                model, index, weights, units[index], batches, everything, groups
-            )
+        for index in range(len(nested.model)):
+            groups = _through_block(nested, index, batches, everything, groups)
             if advance:
                 advance(index + 1)
-        return _compare(model, weights, batches, everything, groups)
+        return _compare(nested, batches, everything, groups)
 
 
 def _through_block(
-    model: BlockModel,
+    nested: NestedModel,
     index: int,
-    weights: NestedWeights,
-    units: Sequence[Unit],
     batches: Sequence[torch.Tensor],
     choices: Sequence[Widths],
     groups: Sequence[_Shared],
 ) -> list[_Shared]:
     after = []
+    model, units = nested.model, nested.units[index]
     with model.loaded(index):
-        layers = dict(model.linears(index))
-        swap = Swap(layers, weights, index, units)
+        swap = Swap(nested, index)
         for group in groups:
             split: dict[tuple[int | None, ...], list[int]] = {}
             for member in group.members:
@@ -107,23 +103,19 @@ def _through_block(
 
 
 class Swap:
-    """Puts weights of some width into the layers of a block, and the checkpoint's back."""
+    """Puts weights of some width into the layers of block `index`, which must be loaded, and the
+    checkpoint's back."""
 
-    def __init__(
-        self,
-        layers: Mapping[str, torch.nn.Linear],
-        weights: NestedWeights,
-        index: int,
-        units: Sequence[Unit],
-    ) -> None:
-        self.layers, self.units, self.layout = layers, units, weights.layout
-        self.original = {n: layer._parameters["weight"] for n, layer in layers.items()}
-        self.read, self.index = weights.read, index
-        self.stored: Mapping[str, tuple[QuantizedWeight, int]] | None = None
+    def __init__(self, nested: NestedModel, index: int) -> None:
+        self.nested, self.index = nested, index
+        self.layers = dict(nested.model.linears(index))
+        self.original = {n: layer._parameters["weight"] for n, layer in self.layers.items()}
+        self.stored: Mapping[str, QuantizedWeight] | None = None
         self.made: dict[tuple[str, int], torch.nn.Parameter] = {}
 
     def use(self, widths: Sequence[int | None]) -> None:
-        for unit, width in zip(self.units, widths, strict=True):
+        """One width for each unit of the block; None is the checkpoint's weight."""
+        for unit, width in zip(self.nested.units[self.index], widths, strict=True):
             for name in unit.members:
                 parameter = self.original[name] if width is None else self._at(name, width)
                 self.layers[name]._parameters["weight"] = parameter
@@ -131,36 +123,34 @@ class Swap:
     def _at(self, name: str, width: int) -> torch.nn.Parameter:
         if (name, width) not in self.made:
             if self.stored is None:
-                self.stored = self.read(self.index)
-            quantized, group_size = self.stored[name]
-            weight = dequantize_codes(quantized, self.layout, group_size, width)
+                self.stored = self.nested.read(self.index)
+            weight = self.stored[name].dequantize(self.nested.layout, width)
             device = self.original[name].device
             self.made[name, width] = torch.nn.Parameter(weight.to(device), requires_grad=False)
         return self.made[name, width]
 
 
 def _compare(
-    model: BlockModel,
-    weights: NestedWeights,
+    nested: NestedModel,
     batches: Sequence[torch.Tensor],
     choices: Sequence[Widths],
     groups: Sequence[_Shared],
 ) -> torch.Tensor:
+    model = nested.model
     result: list[list[torch.Tensor]] = [[] for _ in choices]
-    found = next((i, g) for i, g in enumerate(groups) if 0 in g.members)[1]
+    reference = next(group for group in groups if 0 in group.members)
     outputs: dict[int | None, torch.Tensor | None] = {None: None}
-    for width in {choice.get(OUTPUT) for choice in choices} - {None}:
-        assert width is not None
-        quantized, group_size = weights.read(-1)[OUTPUT]
-        outputs[width] = dequantize_codes(quantized, weights.layout, group_size, width)
+    if widths := {choice[OUTPUT_LAYER] for choice in choices if OUTPUT_LAYER in choice}:
+        stored = nested.read(OUTPUT_INDEX)[OUTPUT_LAYER]
+        outputs |= {width: stored.dequantize(nested.layout, width) for width in widths}
     for b, batch in enumerate(batches):
         for rows in torch.arange(len(batch)).split(max(1, _LOGIT_TOKENS // batch.shape[1])):
-            truth = _log_softmax(model, batch[rows], found.hidden[b][rows], None)
+            truth = _log_softmax(model, batch[rows], reference.hidden[b][rows], None)
             probability = truth.exp()
             for group in groups:
                 done: dict[int | None, torch.Tensor] = {}
                 for member in group.members:
-                    width = choices[member].get(OUTPUT)
+                    width = choices[member].get(OUTPUT_LAYER)
                     if width not in done:
                         served = _log_softmax(
                             model, batch[rows], group.hidden[b][rows], outputs[width]
@@ -183,8 +173,3 @@ def _log_softmax(
 def mean_and_error(values: torch.Tensor) -> tuple[float, float]:
     """Mean and standard error of tokens [..., tokens], taken for independent."""
     return float(values.mean()), float(values.std() / max(values.numel(), 1) ** 0.5)
-
-
-def uniform(units: Iterator[Unit] | Sequence[Unit], width: int) -> dict[str, int]:
-    """All units at one width."""
-    return {unit.name: width for unit in units}

@@ -104,26 +104,15 @@ def output_error(
     hessian: torch.Tensor,
     quantized: QuantizedWeight,
     layout: PlaneLayout,
-    group_size: int,
 ) -> dict[int, float]:
     """By width: mean squared error of the layer's output over its mean square, both per token."""
     target = weight.float()
     norm = _energy(target, hessian)
     return {
-        width: _energy(target - dequantize_codes(quantized, layout, group_size, width), hessian)
+        width: _energy(target - quantized.dequantize(layout, width), hessian)
         / max(norm, torch.finfo(torch.float32).tiny)
         for width in layout.widths
     }
-
-
-def dequantize_codes(
-    quantized: QuantizedWeight, layout: PlaneLayout, group_size: int, width: int
-) -> torch.Tensor:
-    """fp32 [N, K] at `width` bits, from codes and scales per width."""
-    codes = quantized.codes >> (PARENT_BITS - width)
-    pair = quantized.scales[:, :, layout.widths.index(width)].float()
-    groups = codes.float().unflatten(1, (-1, group_size))
-    return (groups * pair[..., :1] + pair[..., 1:]).flatten(1)
 
 
 def _energy(error: torch.Tensor, hessian: torch.Tensor) -> float:

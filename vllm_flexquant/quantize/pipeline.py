@@ -22,6 +22,7 @@ from flexquant_kernels.pack import pack_planes
 from vllm_flexquant.config import FlexQuantOptions
 from vllm_flexquant.format.checkpoint import (
     FORMAT_VERSION,
+    OUTPUT_LAYER,
     SIDECAR,
     OutputLayer,
     StoredConfig,
@@ -33,8 +34,6 @@ from vllm_flexquant.format.layout import choose_group_size
 from vllm_flexquant.format.record import CalibrationRecord
 from vllm_flexquant.quantize.card import write_card
 from vllm_flexquant.quantize.rtn import QuantizedWeight, quantize_rtn
-
-_OUTPUT = "lm_head"
 
 _KEPT = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README*")
 """What is copied beside the weights."""
@@ -123,14 +122,14 @@ def quantize_checkpoint(
                 if not file.name.endswith(".index.json"):
                     shutil.copy2(file, folder)
         written = _write_weights(files, folder, chosen, options, progress, rounded)
-        if missing := sorted(set(chosen) - written - {_OUTPUT}):
+        if missing := sorted(set(chosen) - written - {OUTPUT_LAYER}):
             raise ValueError(f"{model} lacks {missing[0]}.weight; copy the checkpoint again")
         stored = StoredConfig(
             layout=str(options.layout),
             group_size=options.group_size,
             scales=options.scales,
             output_layer=_output_layer(chosen, written, config),
-            ignore=tuple(sorted(name for name in ignored if name != _OUTPUT)),
+            ignore=tuple(sorted(name for name in ignored if name != OUTPUT_LAYER)),
         )
         if stored.output_layer is OutputLayer.PLANES:
             config["tie_word_embeddings"] = False  # or vLLM would not read its planes
@@ -167,7 +166,7 @@ def choose_layers(
     for name, (rows, columns) in linear_modules(model).items():
         if any(name == i or name.endswith(f".{i}") for i in options.ignore):
             ignored[name] = "named in ignore"
-        elif name == _OUTPUT and not options.output_layer:
+        elif name == OUTPUT_LAYER and not options.output_layer:
             ignored[name] = "output layer switched off"
         elif choose_group_size(columns, options.group_size) is None:
             ignored[name] = f"no group size divides its {columns} inputs"
@@ -211,10 +210,14 @@ def _write_weights(
         written.add(module)
         if progress:
             progress(module, len(written), len(chosen))
-    if rounded and {_OUTPUT} & set(chosen) - written and (output := rounded.read(_OUTPUT)):
+    if (
+        rounded
+        and {OUTPUT_LAYER} & set(chosen) - written
+        and (output := rounded.read(OUTPUT_LAYER))
+    ):
         # tied to the embedding, but with planes of its own
-        pending[files[-1]] |= _planes(_OUTPUT, output, options)
-        written.add(_OUTPUT)
+        pending[files[-1]] |= _planes(OUTPUT_LAYER, output, options)
+        written.add(OUTPUT_LAYER)
     _flush(pending, folder)
     return written
 
@@ -234,9 +237,9 @@ def _flush(pending: dict[Path, dict[str, torch.Tensor]], folder: Path) -> None:
 
 
 def _output_layer(chosen: dict, written: set[str], config: dict) -> OutputLayer:
-    if _OUTPUT in written:
+    if OUTPUT_LAYER in written:
         return OutputLayer.PLANES
-    if _OUTPUT in chosen or config.get("tie_word_embeddings"):
+    if OUTPUT_LAYER in chosen or config.get("tie_word_embeddings"):
         return OutputLayer.TIED
     return OutputLayer.PLAIN
 

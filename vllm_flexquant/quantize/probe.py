@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_flexquant.quantize.blocks import BlockModel, Unit
-from vllm_flexquant.quantize.evaluate import NestedWeights, Swap
+from vllm_flexquant.quantize.blocks import Unit
+from vllm_flexquant.quantize.evaluate import NestedModel, Swap
 from vllm_flexquant.quantize.sensitivity import rank_correlation
 
 LOW_SHARE = 0.5
@@ -56,9 +56,7 @@ def candidates(blocks: int) -> list[int]:
 
 
 def inputs_of_blocks(
-    model: BlockModel,
-    weights: NestedWeights,
-    units: Sequence[Sequence[Unit]],
+    nested: NestedModel,
     tokens: torch.Tensor,
     widths: Mapping[str, int],
     blocks: Sequence[int],
@@ -67,12 +65,12 @@ def inputs_of_blocks(
     """What the first unit of each of `blocks` is given, fp32 [tokens, H] on the CPU."""
     batches = list(tokens.split(max(1, _BATCH_TOKENS // tokens.shape[1])))
     found: dict[int, list[torch.Tensor]] = {index: [] for index in blocks}
+    model, units = nested.model, nested.units
     with torch.inference_mode():
         hidden = [model.embed(batch) for batch in batches]
         for index in range(max(blocks) + 1):
             with model.loaded(index):
-                swap = Swap(dict(model.linears(index)), weights, index, units[index])
-                swap.use([widths.get(unit.name) for unit in units[index]])
+                Swap(nested, index).use([widths.get(unit.name) for unit in units[index]])
 
                 def keep(_: Unit, given: torch.Tensor, index: int = index) -> None:
                     found[index].append(given.flatten(0, -2).float().cpu())

@@ -26,6 +26,17 @@ class QuantizedWeight(NamedTuple):
     codes: torch.Tensor
     scales: torch.Tensor
 
+    @property
+    def group_size(self) -> int:
+        return self.codes.shape[1] // self.scales.shape[1]
+
+    def dequantize(self, layout: PlaneLayout, width: int) -> torch.Tensor:
+        """The weight at `width` bits, fp32 [N, K]; for scales per width."""
+        codes = self.codes >> (PARENT_BITS - width)
+        pair = self.scales[:, :, layout.widths.index(width)].float()
+        groups = codes.float().unflatten(1, (-1, self.group_size))
+        return (groups * pair[..., :1] + pair[..., 1:]).flatten(1)
+
 
 def quantize_rtn(
     weight: torch.Tensor,

@@ -33,9 +33,9 @@ class Step:
     kl: float
 
 
-def scale_bytes(weights: int, group_size: int) -> int:
-    """Bytes of scales and offsets that are read at any width."""
-    return weights // group_size * 4
+def mean_bits(weights: Mapping[str, int], widths: Mapping[str, int]) -> float:
+    """Mean width over all weights; `weights` is the number of weights of each unit."""
+    return sum(weights[name] * width for name, width in widths.items()) / sum(weights.values())
 
 
 def greedy(costs: Costs, weights: Mapping[str, int]) -> list[Step]:

@@ -17,9 +17,8 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_flexquant.quantize.blocks import BlockModel, Unit
-from vllm_flexquant.quantize.evaluate import NestedWeights, mean_and_error
-from vllm_flexquant.quantize.gptq import dequantize_codes
+from vllm_flexquant.quantize.blocks import BlockModel
+from vllm_flexquant.quantize.evaluate import NestedModel, mean_and_error
 
 _BATCH_TOKENS = 1024
 
@@ -33,9 +32,7 @@ class Cost:
 
 
 def estimate(
-    model: BlockModel,
-    weights: NestedWeights,
-    units: Sequence[Sequence[Unit]],
+    nested: NestedModel,
     tokens: torch.Tensor,
     seed: int = 0,
     advance: Callable[[int], None] | None = None,
@@ -46,6 +43,7 @@ def estimate(
         tokens: int64 [sequences, length], held-back text.
         seed: of the tokens that are drawn from the model.
     """
+    model = nested.model
     batches = list(tokens.split(max(1, _BATCH_TOKENS // tokens.shape[1])))
     given = _forward(model, batches)
     generator = torch.Generator(model.device).manual_seed(seed)
@@ -56,9 +54,7 @@ def estimate(
     costs: dict[str, dict[int, Cost]] = {}
     for index in reversed(range(len(model))):
         with model.loaded(index):
-            found, gradients = _through_block(
-                model, index, weights, units[index], batches, given.pop(), gradients
-            )
+            found, gradients = _block_costs(nested, index, batches, given.pop(), gradients)
         costs |= found
         if advance:
             advance(len(model) - index)
@@ -101,18 +97,17 @@ def _output_gradient(
     return gradient
 
 
-def _through_block(
-    model: BlockModel,
+def _block_costs(
+    nested: NestedModel,
     index: int,
-    weights: NestedWeights,
-    units: Sequence[Unit],
     batches: Sequence[torch.Tensor],
     given: Sequence[torch.Tensor],
     gradients: Sequence[torch.Tensor],
 ) -> tuple[dict[str, dict[int, Cost]], list[torch.Tensor]]:
     """Costs of a block's units, and the gradients by what the block is given."""
+    model, units = nested.model, nested.units[index]
     layers = dict(model.linears(index))
-    changes = _changes(layers, weights, index, units)
+    changes = _changes(nested, index, layers)
     values: dict[tuple[str, int], list[torch.Tensor]] = {}
     before = []
     for batch, hidden, gradient in zip(batches, given, gradients, strict=True):
@@ -132,7 +127,7 @@ def _through_block(
         by_name = dict(zip(names, found[1:], strict=True))
         with torch.no_grad():
             for unit in units:
-                for width in weights.layout.widths:
+                for width in nested.layout.widths:
                     moved = sum(
                         (torch.nn.functional.linear(inputs[n], changes[n, width]) * by_name[n]).sum(
                             -1
@@ -158,17 +153,13 @@ def _keep(
 
 
 def _changes(
-    layers: Mapping[str, torch.nn.Linear],
-    weights: NestedWeights,
-    index: int,
-    units: Sequence[Unit],
+    nested: NestedModel, index: int, layers: Mapping[str, torch.nn.Linear]
 ) -> dict[tuple[str, int], torch.Tensor]:
     """Weights at each width minus those of the checkpoint, fp32 [N, K]."""
-    stored = weights.read(index)
+    stored = nested.read(index)
     result = {}
-    for name in (n for unit in units for n in unit.members):
-        quantized, group_size = stored[name]
-        for width in weights.layout.widths:
-            at = dequantize_codes(quantized, weights.layout, group_size, width)
+    for name in (n for unit in nested.units[index] for n in unit.members):
+        for width in nested.layout.widths:
+            at = stored[name].dequantize(nested.layout, width)
             result[name, width] = at.to(layers[name].weight.device) - layers[name].weight
     return result

@@ -60,6 +60,10 @@ class WorkFolder:
     def write_json(self, name: str, value: Any) -> None:
         self._write(f"{name}.json", json.dumps(value).encode())
 
+    def has_tensors(self, name: str) -> bool:
+        """Whether `write_tensors` stored them."""
+        return (self.path / f"{name}.safetensors").exists()
+
     def read_tensors(self, name: str) -> dict[str, torch.Tensor] | None:
         """What `write_tensors` stored, None if it did not."""
         file = self.path / f"{name}.safetensors"

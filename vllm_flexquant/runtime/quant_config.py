@@ -20,6 +20,7 @@ from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
 from vllm_flexquant.config import FORMAT_OPTIONS, METHOD, FlexQuantOptions, options_from_environment
 from vllm_flexquant.format.checkpoint import (
+    OUTPUT_LAYER,
     SIDECAR,
     OutputLayer,
     StoredConfig,
@@ -177,7 +178,7 @@ class FlexQuantConfig(QuantizationConfig):
     def _output_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         from vllm_flexquant.runtime.linear import OnlineFlexLinearMethod, StoredFlexLinearMethod
 
-        prefix = prefix or "lm_head"
+        prefix = prefix or OUTPUT_LAYER
         if self.stored is not None and self.stored.output_layer is OutputLayer.PLANES:
             if not self.options.output_layer:
                 raise ValueError(

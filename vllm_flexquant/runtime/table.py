@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_flexquant.format.layout import PARENT_BITS, PlaneLayout
+from vllm_flexquant.format.layout import PARENT_BITS, PlaneLayout, bytes_read
 
 CAPACITY = 1 << 14
 """Entries allocated before the model is known (64 KiB)."""
@@ -55,8 +55,7 @@ class LayerRecord:
 
     def bytes_read(self, width: int) -> int:
         """Bytes of planes and scales that one step reads at `width`."""
-        scales = self.rows * (self.columns // self.group_size) * 4
-        return self.rows * self.columns * width // PARENT_BITS + scales
+        return bytes_read(self.rows, self.columns, self.group_size, width)
 
 
 class PrecisionTable:
