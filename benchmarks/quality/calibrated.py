@@ -80,7 +80,7 @@ class StoredCheckpoint:
         """As stored; a tied output layer is rounded from the embedding, as the engine does."""
         if name == OUTPUT_LAYER and self.config.output_layer is OutputLayer.TIED:
             return quantize_rtn(weight, self.layout, group_size)
-        *planes, scales = (self._read(n) for n in tensor_names(name, self.layout))
+        *planes, scales = (self._read(n) for n in tensor_names(name, len(self.layout.planes)))
         codes = unpack_planes(planes, self.layout.planes, PARENT_BITS, weight.shape[1])
         return QuantizedWeight(codes, scales)
 
@@ -128,7 +128,7 @@ class Comparison:
                     for names, part in found.items()
                 ]
             )
-        self.names = [unit.layers[0] for unit in checkpoint.record.units]
+        self.names = [unit.name for unit in checkpoint.record.units]
 
     def kl(
         self,
@@ -164,15 +164,6 @@ def _advance(progress: Progress, task: TaskID, done: int) -> None:
     progress.update(task, completed=done)
 
 
-def rung_widths(record: CalibrationRecord, steps: int) -> dict[str, int]:
-    """Widths of units after so many steps down the ladder."""
-    assert record.ladder is not None
-    widths = {unit.layers[0]: PARENT_BITS for unit in record.units}
-    for step in record.ladder.steps[:steps]:
-        widths[record.units[step.unit].layers[0]] = step.width
-    return widths
-
-
 def mix(kl: Mapping[int, float], bits: float) -> float:
     """KL of uniform widths at `bits` mean bits, choosing between the two around it at random."""
     low = max(w for w in kl if w <= bits)
@@ -196,7 +187,7 @@ def measure(comparison: Comparison, rungs: int, progress: Progress) -> dict[str,
         kl, error = evaluate.mean_and_error(values)
         results[name] = {"kl_nats": kl, "standard_error": error} | facts
 
-    choices = [*uniform, *(rung_widths(record, i) for i in picked)]
+    choices = [*uniform, *(record.widths_after(i) for i in picked)]
     found = comparison.kl(comparison.checkpoint.layer, choices, progress, "calibrated")
     for width, values in zip(layout.widths, found, strict=False):
         take(f"calibrated {width}", values, mean_bits=width)

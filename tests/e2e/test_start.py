@@ -11,11 +11,11 @@ from conftest import running_engine
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from benchmarks.quality.calibrated import rung_widths
 from benchmarks.quality.sequences import TEXT
 from vllm_flexquant.config import FlexQuantOptions
 from vllm_flexquant.quantize.calibrate import CalibrationOptions, calibrate_checkpoint
 from vllm_flexquant.quantize.pipeline import quantize_checkpoint
+from vllm_flexquant.quantize.prune import prune_checkpoint
 
 PROMPTS = ["The capital of France is", "Once upon a time,"]
 
@@ -211,7 +211,7 @@ def test_a_calibrated_checkpoint_brings_its_ladder_to_all_ranks(
         level = len(rungs) // 2
         pin(llm, level=level)
         llm.generate(PROMPTS, greedy_tokens)
-        widths = rung_widths(record, rungs[level].steps)
+        widths = record.widths_after(rungs[level].steps)
         for status in llm.collective_rpc("flexquant_status"):
             found = {layer["name"]: layer["width"] for layer in status["layers"]}
             assert (
@@ -223,6 +223,21 @@ def test_a_calibrated_checkpoint_brings_its_ladder_to_all_ranks(
             )
             assert len(set(found.values())) > 1
             assert sorted(found.values()) == sorted(widths.values())
+        answers = tokens(llm.generate(PROMPTS, greedy_tokens))
+    # the same level of the same weights, with nothing stored for levels above
+    pruned = tmp_path / "pruned"
+    prune_checkpoint(tmp_path / "saved", pruned, rungs[level].mean_bits)
+    with running_engine(
+        pruned,
+        max_model_len=256,
+        tensor_parallel_size=2,
+        additional_config={"flexquant": {"policy": "static"}},
+    ) as llm:
+        for status in llm.collective_rpc("flexquant_status"):
+            assert status["levels"] == level + 1
+            assert status["ladder"]["kl_nats"] == [rung.kl_nats for rung in rungs[: level + 1]]
+            assert sorted(layer["width"] for layer in status["layers"]) == sorted(widths.values())
+        assert tokens(llm.generate(PROMPTS, greedy_tokens)) == answers
 
 
 def test_untied_output_layer_and_biases(smollm2, tmp_path, greedy_tokens):

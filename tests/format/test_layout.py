@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_flexquant.format import GROUP_SIZES, PlaneLayout, choose_group_size
+from vllm_flexquant.format.layout import width_at_least, width_at_most
 
 
 @pytest.mark.parametrize(
@@ -35,7 +36,7 @@ def test_bad_layouts_name_value_and_remedy(text, message):
 @given(st.integers(1, 9), st.sampled_from(["4|2|2", "2|2|4", "2|1|1|2|2"]))
 def test_rounding_to_a_width_of_the_layout(bits, text):
     layout = PlaneLayout.parse(text)
-    above, below = layout.width_at_least(bits), layout.width_at_most(bits)
+    above, below = width_at_least(layout.widths, bits), width_at_most(layout.widths, bits)
     assert above in layout.widths
     assert below in layout.widths
     assert above >= min(bits, 8)

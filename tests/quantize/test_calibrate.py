@@ -55,7 +55,7 @@ def test_the_checkpoint_holds_what_was_found(finished):
     assert read_calibration(sidecar) == record
     assert sidecar["provenance"]["method"] == "nested GPTQ"
     card = (out / "README.md").read_text()
-    assert f"| uniform 4 bit | 4 | | {record.uniform_kl[4][0]:.5f} |" in card
+    assert f"| uniform 4 bit | 4 | | | {record.uniform_kl[4][0]:.5f} |" in card
     assert card.count("| level ") == 5
     assert stages == [
         "rounding", "sensitivity, estimated", "sensitivity, measured", "ladder, greedy",

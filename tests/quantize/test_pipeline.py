@@ -49,7 +49,7 @@ def test_each_width_of_a_saved_checkpoint_is_nearer_to_the_weight(model, tmp_pat
     assert errors[0] > 10 * errors[1] > 100 * errors[2]
     assert torch.equal(stored["model.norm.weight"], weights["model.norm.weight"])
     config = json.loads((out / "config.json").read_text())["quantization_config"]
-    assert config["format_version"] == "1.0"
+    assert config["format_version"] == "1.1"
     assert StoredConfig.read(config).output_layer is OutputLayer.PLANES
     record = json.loads((out / "flexquant.json").read_text())
     assert set(record["files"]) == {"model.safetensors"}

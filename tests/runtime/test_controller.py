@@ -11,17 +11,26 @@ from vllm_flexquant.runtime.table import LayerRecord, WeightError
 LAYERS = 5
 
 
-def controller(**options):
+def controller(tops=(8,) * LAYERS, **options):
     made = Controller(FlexQuantOptions(**options))
     made.allocate(torch.device("cpu"), slots=8)
     layout = made.options.layout
     for i in range(LAYERS):
         index, _ = made.table.reserve()
-        errors = {w: (8 - w) * (i + 1.0) for w in layout.widths}
+        kept = tuple(w for w in layout.widths if w <= tops[i])
+        errors = {w: (kept[-1] - w) * (i + 1.0) for w in kept}
         made.table.describe(
             index,
             LayerRecord(
-                f"layer{i}", 32, 64, 64, layout, "reference", "test", WeightError(2048, 1.0, errors)
+                f"layer{i}",
+                32,
+                64,
+                64,
+                layout,
+                kept,
+                "reference",
+                "test",
+                WeightError(2048, 1.0, errors),
             ),
         )
     made.start()
@@ -47,6 +56,20 @@ def logits(*temperatures):
 
 def widths(made):
     return made.table.widths.tolist()
+
+
+def test_a_pruned_layer_never_runs_above_what_it_has():
+    tops = (8, 6, 4, 6, 8)
+    made = controller(tops, policy="static")
+    assert widths(made) == list(tops)
+    for width, expected in ((8, tops), (6, (6, 6, 4, 6, 6)), (4, (4,) * 5)):
+        made.update({"width": width})
+        assert widths(made) == list(expected)
+    made.update({"width": 4})
+    made.before_forward(batch("a", floors=[8]))
+    assert widths(made) == list(tops)
+    assert [layer["widths"] for layer in made.status()["layers"]][1:3] == [[4, 6], [4]]
+    assert len(made.ladder) == 1 + 2 + 1 + 0 + 1 + 2
 
 
 def test_entropy_of_one_step_sets_the_widths_of_the_next():

@@ -38,7 +38,7 @@ def controller():
     index, _ = made.table.reserve()
     error = WeightError(1024, 1.0, {4: 2.0, 6: 1.0, 8: 0.0})
     made.table.describe(
-        index, LayerRecord("a", 16, 64, 64, PlaneLayout(), "reference", "test", error)
+        index, LayerRecord("a", 16, 64, 64, PlaneLayout(), (4, 6, 8), "reference", "test", error)
     )
     made.start()
     return made

@@ -17,6 +17,7 @@ def layer(name, error, rows=16, columns=64, layout="4|2|2"):
         columns,
         64,
         layout,
+        layout.widths,
         "reference",
         "test",
         WeightError(rows * columns, 1.0, errors),

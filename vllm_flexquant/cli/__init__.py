@@ -72,6 +72,13 @@ def quantize(
             "few bits, more bytes."
         ),
     ] = False,
+    keep_widths: Annotated[
+        str,
+        typer.Option(
+            help="Widths to keep, as in 4,6: planes and scales of others are not stored. "
+            "[default: all of the layout]"
+        ),
+    ] = "",
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted run.")
     ] = False,
@@ -98,6 +105,7 @@ def quantize(
                 "sequences": sequences,
                 "length": length,
                 "store_output": store_output,
+                "keep_widths": keep_widths,
                 "branch": branch,
                 "stem": stem,
                 "device": device,
@@ -105,6 +113,20 @@ def quantize(
             resume=resume,
         )
     )
+
+
+@app.command()
+def prune(
+    checkpoint: Annotated[Path, typer.Argument(help="Calibrated flexquant checkpoint (folder).")],
+    out: Annotated[Path, typer.Argument(help="New folder for the pruned checkpoint.")],
+    top_bits: Annotated[
+        float, typer.Option(help="Mean bits of the best level that is kept.", min=2, max=8)
+    ],
+) -> None:
+    """Drop planes that only levels above TOP_BITS need; `inspect` says what each level weighs."""
+    from vllm_flexquant.cli.quantize import prune as run_prune
+
+    run_prune(checkpoint, out, top_bits)
 
 
 @app.command()

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -17,6 +18,7 @@ from vllm_flexquant.format.record import CalibrationRecord
 from vllm_flexquant.quantize.calibrate import CalibrationOptions, Search, calibrate_checkpoint
 from vllm_flexquant.quantize.calibration import BUILT_IN
 from vllm_flexquant.quantize.pipeline import quantize_checkpoint
+from vllm_flexquant.quantize.prune import prune_checkpoint
 from vllm_flexquant.quantize.rounding import Method
 
 NO_TEXT = "none"
@@ -50,6 +52,7 @@ def run(arguments: QuantizeArguments) -> None:
         raise ValueError(
             "--method gptq needs calibration text; drop --calibration none, or use rtn"
         )
+    keep_widths = parse_widths(arguments.settings["keep_widths"])
     with _progress() as advance:
         if text == NO_TEXT:
             modules = quantize_checkpoint(
@@ -57,6 +60,7 @@ def run(arguments: QuantizeArguments) -> None:
                 arguments.out,
                 options,
                 lambda name, done, total: advance("rounding", done / total),
+                keep_widths=keep_widths,
             )
             weights = sum(rows * columns for rows, columns in modules.values())
             lines = [f"{len(modules)} layers, {weights / 1e6:.1f} M weights, not calibrated"]
@@ -65,7 +69,7 @@ def run(arguments: QuantizeArguments) -> None:
                 text=text,
                 method=cast(Method, arguments.method),
                 search=cast(Search, arguments.search),
-                **arguments.settings,
+                **arguments.settings | {"keep_widths": keep_widths},
             )
             record = calibrate_checkpoint(
                 arguments.model, arguments.out, options, settings, arguments.resume, advance
@@ -75,9 +79,35 @@ def run(arguments: QuantizeArguments) -> None:
         typer.echo(line)
 
 
+def prune(checkpoint: Path, out: Path, top_bits: float) -> None:
+    """Prune, and print what is left.
+
+    Raises:
+        ValueError: as `prune_checkpoint`.
+    """
+    with _progress() as advance:
+        record = prune_checkpoint(checkpoint, out, top_bits, partial(advance, "writing"))
+    for line in describe(record):
+        typer.echo(line)
+    sizes = [sum(f.stat().st_size for f in d.glob("*.safetensors")) for d in (checkpoint, out)]
+    typer.echo(f"{out}: {sizes[1] / 1e6:.1f} MB of {sizes[0] / 1e6:.1f} MB")
+
+
+def parse_widths(text: str) -> tuple[int, ...]:
+    """`"4,6"` as widths in bits, ascending; none for an empty text.
+
+    Raises:
+        ValueError: a part is no number.
+    """
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if wrong := [part for part in parts if not part.isdigit()]:
+        raise ValueError(f"--keep-widths has '{wrong[0]}'; give widths in bits, as in 4,6")
+    return tuple(sorted({int(part) for part in parts}))
+
+
 def describe(record: CalibrationRecord) -> Iterator[str]:
     """KL at uniform widths and along the ladder."""
-    yield f"{'':14}{'KL nats':>9}{'error':>9}{'mean bits':>11}{'MB read':>9}"
+    yield f"{'':14}{'KL nats':>9}{'error':>9}{'mean bits':>11}{'MB read':>9}{'MB stored':>11}"
     total = sum(unit.weights for unit in record.units)
     for width, (kl, error) in record.uniform_kl.items():
         yield f"{f'uniform {width}':14}{kl:9.4f}{error:9.4f}{width:11.2f}"
@@ -88,7 +118,9 @@ def describe(record: CalibrationRecord) -> Iterator[str]:
                 yield (
                     f"{f'level {level}':14}{rung.kl_nats:9.4f}{rung.error or 0:9.4f}"
                     f"{rung.mean_bits:11.2f}{rung.bytes_read / 1e6:9.1f}"
+                    f"{rung.bytes_stored / 1e6:11.1f}"
                 )
+        yield "MB stored: of a checkpoint pruned to that level"
         yield f"{len(record.ladder.rungs)} levels by {record.ladder.search} search"
     checked = record.text.get("estimate_checked", {})
     if (correlation := checked.get("rank_correlation")) is not None:

@@ -4,7 +4,8 @@
 A folder in Hugging Face form. Each quantized module `M` has, instead of `M.weight`, the tensors
 `M.plane0`, `M.plane1`, ... (uint8 [N, K * bits / 8], most significant plane first, see
 `flexquant_kernels.pack`) and `M.scales` (fp16 [N, K / group_size, S, 2]: scale and offset; S is the
-number of widths, or 1 for shared scales). `config.json` holds a `quantization_config` that says how
+number of widths, or 1 for shared scales). A pruned module lacks its last planes, and the scales of
+widths that it cannot run at. `config.json` holds a `quantization_config` that says how
 to read them (`StoredConfig`), `flexquant.json` where they come from and their hashes. No pickle.
 """
 
@@ -23,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from vllm_flexquant.format.layout import PARENT_BITS, PlaneLayout, ScaleMode, choose_group_size
 
-FORMAT_VERSION = "1.0"
+FORMAT_VERSION = "1.1"
 """A reader takes any minor version of its major one."""
 
 SIDECAR = "flexquant.json"
@@ -44,7 +45,11 @@ class OutputLayer(StrEnum):
 
 
 class StoredConfig(BaseModel):
-    """`quantization_config` of a saved checkpoint; unknown keys are ignored."""
+    """`quantization_config` of a saved checkpoint; unknown keys are ignored.
+
+    widths: those that have scales, all of the layout's if empty. top_widths: highest width of
+    modules whose last planes were pruned.
+    """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -55,6 +60,8 @@ class StoredConfig(BaseModel):
     scales: ScaleMode = ScaleMode.PER_WIDTH
     output_layer: OutputLayer = OutputLayer.PLAIN
     ignore: tuple[str, ...] = ()
+    widths: tuple[int, ...] = ()
+    top_widths: dict[str, int] = {}
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> StoredConfig:
@@ -73,23 +80,44 @@ class StoredConfig(BaseModel):
             )
         try:
             stored = cls.model_validate(dict(config))
-            PlaneLayout.parse(stored.layout)
+            layout = PlaneLayout.parse(stored.layout)
         except ValidationError as error:
             problem = error.errors()[0]
             key = ".".join(map(str, problem["loc"]))
             raise ValueError(
                 f"config.json: quantization_config.{key} is {problem['input']!r}: {problem['msg']}"
             ) from None
+        for key, given in (("widths", stored.widths), ("top_widths", stored.top_widths.values())):
+            if wrong := sorted(set(given) - set(layout.widths)):
+                raise ValueError(
+                    f"config.json: quantization_config.{key} has {wrong[0]}, layout {layout} has "
+                    f"{', '.join(map(str, layout.widths))}; copy the checkpoint again"
+                )
         return stored
+
+    def widths_of(self, module: str) -> tuple[int, ...]:
+        """The widths in bits at which `module` can run, ascending."""
+        kept = self.widths or PlaneLayout.parse(self.layout).widths
+        top = self.top_widths.get(module, kept[-1])
+        return tuple(width for width in kept if width <= top)
+
+    def planes_of(self, module: str) -> tuple[int, ...]:
+        """Bits of the planes that are stored of `module`."""
+        layout = PlaneLayout.parse(self.layout)
+        return layout.planes[: layout.widths.index(self.widths_of(module)[-1]) + 1]
+
+    def scale_sets(self, module: str) -> int:
+        """How many pairs of scale and offset a group of `module` has."""
+        return len(self.widths_of(module)) if self.scales is ScaleMode.PER_WIDTH else 1
 
     def options(self) -> dict[str, Any]:
         """The format options that this checkpoint fixes."""
         return {"layout": self.layout, "group_size": self.group_size, "scales": self.scales}
 
 
-def tensor_names(module: str, layout: PlaneLayout) -> list[str]:
-    """Names of the tensors that stand for `module.weight`."""
-    return [*(f"{module}.plane{i}" for i in range(len(layout.planes))), f"{module}.scales"]
+def tensor_names(module: str, planes: int) -> list[str]:
+    """Names of the tensors that stand for `module.weight`; `planes` is their number."""
+    return [*(f"{module}.plane{i}" for i in range(planes)), f"{module}.scales"]
 
 
 class TensorEntry(BaseModel):
@@ -172,30 +200,31 @@ def validate_checkpoint(folder: Path, verify: bool = True) -> dict[str, tuple[in
     modules = {n.rpartition(".")[0] for n in entries if n.rpartition(".")[2] in suffixes}
     if not modules:
         raise ValueError(f"{folder} says it is a flexquant checkpoint but holds no planes")
-    return {m: _validate_module(m, entries, layout, stored) for m in sorted(modules)}
+    return {m: _validate_module(m, entries, stored) for m in sorted(modules)}
 
 
 def _validate_module(
-    module: str, entries: Mapping[str, TensorEntry], layout: PlaneLayout, stored: StoredConfig
+    module: str, entries: Mapping[str, TensorEntry], stored: StoredConfig
 ) -> tuple[int, int]:
-    for name in tensor_names(module, layout):
+    planes = stored.planes_of(module)
+    for name in tensor_names(module, len(planes)):
         if name not in entries:
             raise ValueError(f"the checkpoint has no {name}; copy it again or quantize again")
     first = entries[f"{module}.plane0"]
     rows = first.shape[0] if first.shape else 0
-    columns = math.prod(first.shape[1:]) * PARENT_BITS // layout.planes[0]
+    columns = math.prod(first.shape[1:]) * PARENT_BITS // planes[0]
     group_size = choose_group_size(columns, stored.group_size) or 1
-    sets = len(layout.widths) if stored.scales is ScaleMode.PER_WIDTH else 1
+    sets = stored.scale_sets(module)
     expected = {
         f"{module}.plane{i}": ("U8", (rows, columns * bits // PARENT_BITS))
-        for i, bits in enumerate(layout.planes)
+        for i, bits in enumerate(planes)
     } | {f"{module}.scales": ("F16", (rows, columns // group_size, sets, 2))}
     for name, (dtype, shape) in expected.items():
         entry = entries[name]
         if (entry.dtype, entry.shape) != (dtype, shape):
             raise ValueError(
-                f"{name} is {entry.dtype} {list(entry.shape)} where layout {layout} and groups of "
-                f"{group_size} need {dtype} {list(shape)}; quantize the model again"
+                f"{name} is {entry.dtype} {list(entry.shape)} where layout {stored.layout} and "
+                f"groups of {group_size} need {dtype} {list(shape)}; quantize the model again"
             )
     return rows, columns
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -85,16 +85,18 @@ class PlaneLayout:
     def lowest(self) -> int:
         return self.widths[0]
 
-    def width_at_least(self, bits: int) -> int:
-        """The smallest width of the layout that is at least `bits` (the highest if none is)."""
-        return next((width for width in self.widths if width >= bits), PARENT_BITS)
-
-    def width_at_most(self, bits: int) -> int:
-        """The largest width of the layout that is at most `bits` (the lowest if none is)."""
-        return next((width for width in reversed(self.widths) if width <= bits), self.lowest)
-
     def __str__(self) -> str:
         return "|".join(map(str, self.planes))
+
+
+def width_at_least(widths: Sequence[int], bits: int) -> int:
+    """The smallest of ascending `widths` that is at least `bits` (the highest if none is)."""
+    return next((width for width in widths if width >= bits), widths[-1])
+
+
+def width_at_most(widths: Sequence[int], bits: int) -> int:
+    """The largest of ascending `widths` that is at most `bits` (the lowest if none is)."""
+    return next((width for width in reversed(widths) if width <= bits), widths[0])
 
 
 def bytes_read(rows: int, columns: int, group_size: int, width: int) -> int:

@@ -12,6 +12,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from vllm_flexquant.format.layout import PARENT_BITS
+
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -21,30 +23,38 @@ class UnitRecord(_Part):
     """Layers that are given the same input and so share a width.
 
     `sensitivity` is by width in bits: KL of the model's output in nats per token with only this
-    unit at that width, and its standard error.
+    unit at that width, and its standard error. `highest`: width in bits at the top of the ladder.
     """
 
     layers: tuple[str, ...] = Field(min_length=1)
     weights: int = Field(ge=1)
     sensitivity: dict[int, tuple[float, float]] = {}
+    highest: int = Field(PARENT_BITS, ge=2, le=PARENT_BITS)
+
+    @property
+    def name(self) -> str:
+        """The first layer's name stands for the unit."""
+        return self.layers[0]
 
 
 class StepRecord(_Part):
     """A step down the ladder: unit number `unit` goes to `width` bits."""
 
     unit: int = Field(ge=0)
-    width: int = Field(ge=2, le=8)
+    width: int = Field(ge=2, le=PARENT_BITS)
 
 
 class RungRecord(_Part):
     """Level after so many `steps`, cheapest last.
 
-    `kl_nats` is `measured` on held-back text, with its standard error, or interpolated.
+    `bytes_stored`: of a checkpoint that is pruned to this level, 0 where nobody knows. `kl_nats` is
+    `measured` on held-back text, with its standard error, or interpolated.
     """
 
     steps: int = Field(ge=0)
     mean_bits: float
     bytes_read: int
+    bytes_stored: int = 0
     kl_nats: float
     error: float | None = None
     measured: bool
@@ -97,6 +107,13 @@ class CalibrationRecord(_Part):
         if wrong := [step.unit for step in steps if step.unit >= len(self.units)]:
             raise ValueError(f"the ladder names unit {wrong[0]} of {len(self.units)}")
         return self
+
+    def widths_after(self, steps: int) -> dict[str, int]:
+        """Width of each unit, by name, after so many steps down the ladder."""
+        widths = {unit.name: unit.highest for unit in self.units}
+        for step in self.ladder.steps[:steps] if self.ladder else ():
+            widths[self.units[step.unit].name] = step.width
+        return widths
 
 
 def read_calibration(sidecar: Mapping[str, Any]) -> CalibrationRecord | None:

@@ -18,7 +18,7 @@ import torch
 
 from vllm_flexquant.config import FlexQuantOptions
 from vllm_flexquant.format.checkpoint import OUTPUT_LAYER, hash_file
-from vllm_flexquant.format.layout import PARENT_BITS, ScaleMode, bytes_read, choose_group_size
+from vllm_flexquant.format.layout import ScaleMode
 from vllm_flexquant.format.record import (
     CalibrationRecord,
     LadderRecord,
@@ -32,8 +32,10 @@ from vllm_flexquant.quantize.blocks import BlockModel, Unit
 from vllm_flexquant.quantize.pipeline import (
     Rounded,
     check_paths,
+    check_widths,
     choose_layers,
     quantize_checkpoint,
+    unquantized_bytes,
 )
 from vllm_flexquant.quantize.rounding import (
     Method,
@@ -44,6 +46,7 @@ from vllm_flexquant.quantize.rounding import (
     round_output,
 )
 from vllm_flexquant.quantize.rtn import QuantizedWeight
+from vllm_flexquant.quantize.rungs import Sizes, rung_records
 from vllm_flexquant.quantize.workfolder import WorkFolder, to_tensors
 
 Advance = Callable[[str, float], None]
@@ -67,8 +70,9 @@ class CalibrationOptions:
     text: as `calibration.read_text`. sequences of length tokens calibrate, a third as many more
     measure. store_output: an output layer that is tied to the embedding gets planes of its own in
     the checkpoint, rounded by its inputs; else it is rounded to nearest from the embedding when it
-    is served. measured_rungs: levels whose KL is measured. measured_units: widths of units whose
-    KL is measured beside the estimate.
+    is served. keep_widths: widths in bits, ascending, that the checkpoint keeps; all of the
+    layout's if empty. measured_rungs: levels whose KL is measured. measured_units: widths of units
+    whose KL is measured beside the estimate.
     """
 
     text: str = calibration.BUILT_IN
@@ -79,6 +83,7 @@ class CalibrationOptions:
     sequences: int = 96
     length: int = 512
     store_output: bool = False
+    keep_widths: tuple[int, ...] = ()
     measured_rungs: int = 16
     measured_units: int = 24
     seed: int = 0
@@ -104,6 +109,7 @@ def calibrate_checkpoint(
         raise ValueError(
             f"scales '{options.scales}' cannot be calibrated; use per_width, or --method rtn"
         )
+    check_widths(settings.keep_widths, options.layout)
     chosen, ignored = choose_layers(model, options)
     if not chosen:
         raise ValueError(f"{model} has no layer that can be quantized ({'; '.join(ignored)})")
@@ -128,7 +134,9 @@ def calibrate_checkpoint(
     names = {"gptq": "nested GPTQ", "rtn": "round to nearest"}
     rounded = Rounded(run.read_layer, names[settings.method], record)
     with run.stage("writing") as report:
-        quantize_checkpoint(model, out, options, lambda _, i, n: report(i / n), rounded)
+        quantize_checkpoint(
+            model, out, options, lambda _, i, n: report(i / n), rounded, settings.keep_widths
+        )
     run.work.remove()
     return record
 
@@ -146,7 +154,9 @@ class _Run:
         work: WorkFolder,
         advance: Advance | None,
     ) -> None:
-        self.options, self.settings, self.tokens, self.work = options, settings, tokens, work
+        self.folder, self.options, self.settings = folder, options, settings
+        self.tokens, self.work = tokens, work
+        self.widths = settings.keep_widths or options.layout.widths
         self.model = BlockModel(folder, settings.device)
         self.rounding = RoundingOptions(
             options.layout, options.group_size, settings.method, frozenset(chosen)
@@ -205,11 +215,18 @@ class _Run:
         if self.output and self.stores_output:
             self._block_of[OUTPUT_LAYER] = evaluate.OUTPUT_INDEX
         self.units = [*chain(*self.blocks), *([self.output] if self.output else [])]
-        self.sizes = {unit.name: unit.weights for unit in self.units}
+        unstored = () if self.stores_output else (OUTPUT_LAYER,)
+        self.sizes = Sizes(
+            self.units,
+            self.options.group_size,
+            self.widths,
+            frozenset(unstored),
+            unquantized_bytes(self.folder, self.rounding.chosen),
+        )
         costs, checked = self._sensitivities()
-        steps = self._search({n: {w: c.kl for w, c in by.items()} for n, by in costs.items()})
-        measured = self._measure_rungs(steps)
-        rungs = self._rungs(steps, measured)
+        steps = self._search({n: {w: by[w].kl for w in self.widths} for n, by in costs.items()})
+        uniform, measured = self._measure_rungs(steps)
+        rungs = rung_records(steps, self.sizes, measured)
         number = {unit.name: i for i, unit in enumerate(self.units)}
         return CalibrationRecord(
             text=text | {"estimate_checked": checked},
@@ -218,10 +235,11 @@ class _Run:
                     layers=unit.members,
                     weights=unit.weights,
                     sensitivity={w: (c.kl, c.error) for w, c in costs[unit.name].items()},
+                    highest=self.widths[-1],
                 )
                 for unit in self.units
             ),
-            uniform_kl={w: measured[f"uniform {w}"] for w in self.options.layout.widths},
+            uniform_kl=uniform,
             ladder=LadderRecord(
                 search=self.settings.search,
                 steps=tuple(StepRecord(unit=number[s.unit], width=s.width) for s in steps),
@@ -313,7 +331,7 @@ class _Run:
             (cost.kl, name, width)
             for name, by in costs.items()
             for width, cost in by.items()
-            if width != PARENT_BITS
+            if width != self.widths[-1] and width in self.widths
         )
         count = min(self.settings.measured_units, len(every))
         return [every[i * len(every) // count][1:] for i in range(count)]
@@ -323,11 +341,11 @@ class _Run:
         if stored is None:
             with self.stage(f"ladder, {self.settings.search}") as report:
                 if self.settings.search == "greedy":
-                    steps = search.greedy(costs, self.sizes)
+                    steps = search.greedy(costs, self.sizes.weights)
                 else:
                     steps = search.tree(
                         costs,
-                        self.sizes,
+                        self.sizes.weights,
                         lambda c: (
                             self._divergence(c, lambda _: None, SAMPLE_SHARE).mean(-1).tolist()
                         ),
@@ -339,57 +357,33 @@ class _Run:
             self.work.write_json("search", stored)
         return [search.Step(*s) for s in stored]
 
-    def _measure_rungs(self, steps: Sequence[search.Step]) -> dict[str, tuple[float, float]]:
-        """KL and standard error at some levels (`rung N`) and at uniform widths."""
+    def _widths_after(self, steps: Sequence[search.Step]) -> list[dict[str, int]]:
+        return search.rungs(dict.fromkeys(self.sizes.weights, self.widths[-1]), steps)
+
+    def _measure_rungs(
+        self, steps: Sequence[search.Step]
+    ) -> tuple[dict[int, tuple[float, float]], dict[int, tuple[float, float]]]:
+        """KL and standard error by uniform width, and by number of steps at some levels."""
         stored = self.work.read_json("rungs")
         if stored is None:
-            every = search.rungs(dict.fromkeys(self.sizes, PARENT_BITS), steps)[::-1]
-            choices: dict[str, Mapping[str, int]] = {
-                f"uniform {w}": dict.fromkeys(self.sizes, w) for w in self.options.layout.widths
-            }
+            every = self._widths_after(steps)
             count = min(self.settings.measured_rungs, len(every))
-            for i in range(count):
-                number = i * (len(every) - 1) // max(count - 1, 1)
-                choices[f"rung {number}"] = every[number]
+            numbers = [i * (len(every) - 1) // max(count - 1, 1) for i in range(count)]
+            choices = [dict.fromkeys(self.sizes.weights, w) for w in self.widths]
+            choices += [every[number] for number in numbers]
             with self.stage("ladder, measured") as report:
-                kl = self._divergence(list(choices.values()), report, RUNG_SHARE)
-            stored = {name: evaluate.mean_and_error(v) for name, v in zip(choices, kl, strict=True)}
+                found = self._divergence(choices, report, RUNG_SHARE)
+            kl = [evaluate.mean_and_error(values) for values in found]
+            stored = {
+                "uniform": list(zip(self.widths, kl, strict=False)),
+                "steps": list(zip(numbers, kl[len(self.widths) :], strict=True)),
+            }
             self.work.write_json("rungs", stored)
-        return {name: (kl, error) for name, (kl, error) in stored.items()}
-
-    def _rungs(
-        self, steps: Sequence[search.Step], measured: Mapping[str, tuple[float, float]]
-    ) -> tuple[RungRecord, ...]:
-        """Of every level; KL that was not measured is interpolated along the sum of sensitivities,
-        geometrically, because that sum and KL differ by a factor that changes slowly."""
-        sums = [0.0]
-        for step in steps:
-            sums.append(sums[-1] + max(step.kl, 0.0))
-        known = {int(k.removeprefix("rung ")): v for k, v in measured.items() if k[:4] == "rung"}
-        anchors = sorted(known)
-        rungs = []
-        widths = dict.fromkeys(self.sizes, PARENT_BITS)
-        for number in range(len(steps) + 1):
-            if number:
-                widths[steps[number - 1].unit] = steps[number - 1].width
-            below = max(a for a in anchors if a <= number)
-            above = min(a for a in anchors if a >= number)
-            low, high = (max(known[a][0], 1e-9) for a in (below, above))
-            span = sums[above] - sums[below]
-            share = (sums[number] - sums[below]) / span if span > 0 else 0.0
-            rungs.append(
-                RungRecord(
-                    steps=number,
-                    mean_bits=search.mean_bits(self.sizes, widths),
-                    bytes_read=sum(
-                        self._bytes_read(unit, widths[unit.name]) for unit in self.units
-                    ),
-                    kl_nats=known[number][0] if number in known else low * (high / low) ** share,
-                    error=known[number][1] if number in known else None,
-                    measured=number in known,
-                )
-            )
-        return tuple(rungs)
+        uniform, by_steps = (
+            {number: (kl, error) for number, (kl, error) in stored[key]}
+            for key in ("uniform", "steps")
+        )
+        return uniform, by_steps
 
     def _probe(
         self, steps: Sequence[search.Step], rungs: Sequence[RungRecord]
@@ -405,7 +399,7 @@ class _Run:
             for share in PROBE_LEVELS:
                 wanted = bits[-1] + share * (bits[0] - bits[-1])
                 number.append(min(range(len(bits)), key=lambda i: abs(bits[i] - wanted)))
-            every = search.rungs(dict.fromkeys(self.sizes, PARENT_BITS), steps)[::-1]
+            every = self._widths_after(steps)
             low, high = (every[i] for i in number)
             with self.stage("probe") as report:
                 kl = self._divergence([low, high], lambda share: report(share * 0.7))
@@ -427,8 +421,3 @@ class _Run:
             ).model_dump(mode="json")
             self.work.write_json("probe", stored)
         return ProbeRecord.model_validate(stored)
-
-    def _bytes_read(self, unit: Unit, width: int) -> int:
-        group_size = choose_group_size(unit.columns, self.options.group_size)
-        assert group_size is not None, "layers without a group size are not chosen"
-        return bytes_read(sum(unit.rows), unit.columns, group_size, width)

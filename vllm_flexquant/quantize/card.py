@@ -38,10 +38,10 @@ def _lines(source: str, layout: str, record: CalibrationRecord) -> Iterator[str]
         f"({text.get('text')}, sha256 {str(text.get('sha256'))[:12]}):"
     )
     yield ""
-    yield "| | mean bits | MB read per step | KL | standard error |"
-    yield "|---|---|---|---|---|"
+    yield "| | mean bits | MB read per step | MB stored if pruned to it | KL | standard error |"
+    yield "|---|---|---|---|---|---|"
     for width, (kl, error) in record.uniform_kl.items():
-        yield f"| uniform {width} bit | {width} | | {kl:.5f} | {error:.5f} |"
+        yield f"| uniform {width} bit | {width} | | | {kl:.5f} | {error:.5f} |"
     if record.ladder:
         measured = [rung for rung in record.ladder.rungs if rung.measured]
         count = min(_SHOWN_RUNGS, len(measured))
@@ -50,7 +50,8 @@ def _lines(source: str, layout: str, record: CalibrationRecord) -> Iterator[str]
             level = len(record.ladder.rungs) - 1 - rung.steps
             yield (
                 f"| level {level} of {len(record.ladder.rungs) - 1} | {rung.mean_bits:.2f} "
-                f"| {rung.bytes_read / 1e6:.1f} | {rung.kl_nats:.5f} | {rung.error:.5f} |"
+                f"| {rung.bytes_read / 1e6:.1f} | {rung.bytes_stored / 1e6:.1f} "
+                f"| {rung.kl_nats:.5f} | {rung.error:.5f} |"
             )
     yield ""
     yield "Sensitivities, the whole ladder and the probe are in `flexquant.json`."

@@ -8,7 +8,8 @@ import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,10 +28,11 @@ from vllm_flexquant.format.checkpoint import (
     OutputLayer,
     StoredConfig,
     hash_file,
+    read_header,
     tensor_names,
     validate_checkpoint,
 )
-from vllm_flexquant.format.layout import choose_group_size
+from vllm_flexquant.format.layout import PlaneLayout, choose_group_size
 from vllm_flexquant.format.record import CalibrationRecord
 from vllm_flexquant.quantize.card import write_card
 from vllm_flexquant.quantize.rtn import QuantizedWeight, quantize_rtn
@@ -95,10 +97,14 @@ def quantize_checkpoint(
     options: FlexQuantOptions,
     progress: Progress | None = None,
     rounded: Rounded | None = None,
+    keep_widths: tuple[int, ...] = (),
 ) -> dict[str, tuple[int, int]]:
     """Write `model` as planes into the new folder `out`, rounded to nearest or as `rounded`.
 
     The folder appears only when it is complete and has passed validation.
+
+    Args:
+        keep_widths: in bits, ascending; planes and scales that none of them needs are left out.
 
     Returns:
         (N, K) of each quantized module.
@@ -108,41 +114,82 @@ def quantize_checkpoint(
             can be quantized, or a weight is NaN or infinite.
     """
     check_paths(model, out)
+    check_widths(keep_widths, options.layout)
     config = _read_config(model)
     files = sorted(model.glob("*.safetensors"))
     chosen, ignored = choose_layers(model, options)
     if not chosen:
         raise ValueError(f"{model} has no layer that can be quantized ({'; '.join(ignored)})")
+    stored = StoredConfig(
+        layout=str(options.layout),
+        group_size=options.group_size,
+        scales=options.scales,
+        ignore=tuple(sorted(name for name in ignored if name != OUTPUT_LAYER)),
+        widths=keep_widths,
+    )
+    with new_checkpoint(out, model) as folder:
+        written = _write_weights(files, folder, chosen, options, stored, progress, rounded)
+        if missing := sorted(set(chosen) - written - {OUTPUT_LAYER}):
+            raise ValueError(f"{model} lacks {missing[0]}.weight; copy the checkpoint again")
+        output = _output_layer(chosen, written, config)
+        if output is OutputLayer.PLANES:
+            config["tie_word_embeddings"] = False  # or vLLM would not read its planes
+        write_facts(
+            folder,
+            config,
+            stored.model_copy(update={"output_layer": output}),
+            {
+                "source": model.name,
+                "source_files": {f.name: hash_file(f) for f in files},
+                "method": rounded.method if rounded else "round to nearest",
+            },
+            rounded.calibration if rounded else None,
+        )
+        return validate_checkpoint(folder, verify=False)
+
+
+@contextmanager
+def new_checkpoint(out: Path, source: Path) -> Iterator[Path]:
+    """A folder with what `source` has beside its weights, which becomes `out` at the end.
+
+    Nothing is left of it if anything fails.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
         folder = Path(scratch) / "checkpoint"
         folder.mkdir()
         for pattern in _KEPT:
-            for file in model.glob(pattern):
+            for file in source.glob(pattern):
                 if not file.name.endswith(".index.json"):
                     shutil.copy2(file, folder)
-        written = _write_weights(files, folder, chosen, options, progress, rounded)
-        if missing := sorted(set(chosen) - written - {OUTPUT_LAYER}):
-            raise ValueError(f"{model} lacks {missing[0]}.weight; copy the checkpoint again")
-        stored = StoredConfig(
-            layout=str(options.layout),
-            group_size=options.group_size,
-            scales=options.scales,
-            output_layer=_output_layer(chosen, written, config),
-            ignore=tuple(sorted(name for name in ignored if name != OUTPUT_LAYER)),
-        )
-        if stored.output_layer is OutputLayer.PLANES:
-            config["tie_word_embeddings"] = False  # or vLLM would not read its planes
-        config["quantization_config"] = stored.model_dump(mode="json")
-        (folder / "config.json").write_text(json.dumps(config, indent=2))
-        _write_sidecar(folder, model, files, rounded)
-        if rounded:
-            write_card(folder, model.name, str(options.layout), rounded.calibration)
-        modules = validate_checkpoint(folder, verify=False)
+        yield folder
         if out.exists():
             out.rmdir()
         folder.rename(out)
-    return modules
+
+
+def check_widths(widths: tuple[int, ...], layout: PlaneLayout) -> None:
+    """Refuse widths to keep that the layout does not have.
+
+    Raises:
+        ValueError: naming the first of them.
+    """
+    if unknown := [width for width in widths if width not in layout.widths]:
+        raise ValueError(
+            f"width {unknown[0]} cannot be kept: layout {layout} has "
+            f"{', '.join(map(str, layout.widths))}"
+        )
+
+
+def unquantized_bytes(model: Path, chosen: Iterable[str]) -> int:
+    """Bytes of all tensors of a checkpoint but the weights of `chosen` modules."""
+    left_out = {f"{name}.weight" for name in chosen}
+    return sum(
+        entry.data_offsets[1] - entry.data_offsets[0]
+        for file in sorted(model.glob("*.safetensors"))
+        for name, entry in read_header(file).items()
+        if name not in left_out
+    )
 
 
 def _read_config(model: Path) -> dict:
@@ -187,6 +234,7 @@ def _write_weights(
     folder: Path,
     chosen: dict[str, tuple[int, int]],
     options: FlexQuantOptions,
+    stored: StoredConfig,
     progress: Progress | None,
     rounded: Rounded | None,
 ) -> set[str]:
@@ -195,7 +243,7 @@ def _write_weights(
     pending: dict[Path, dict[str, torch.Tensor]] = {}
     for file, name, tensor in _tensors(files):
         if file not in pending:
-            _flush(pending, folder)
+            flush(pending, folder)
             pending[file] = {}
         module = name.removesuffix(".weight")
         if name == module or module not in chosen:
@@ -206,7 +254,7 @@ def _write_weights(
         quantized = (rounded.read(module) if rounded else None) or quantize_rtn(
             tensor, options.layout, group_size, options.scales, name=name
         )
-        pending[file] |= _planes(module, quantized, options)
+        pending[file] |= _planes(module, quantized, stored)
         written.add(module)
         if progress:
             progress(module, len(written), len(chosen))
@@ -216,20 +264,26 @@ def _write_weights(
         and (output := rounded.read(OUTPUT_LAYER))
     ):
         # tied to the embedding, but with planes of its own
-        pending[files[-1]] |= _planes(OUTPUT_LAYER, output, options)
+        pending[files[-1]] |= _planes(OUTPUT_LAYER, output, stored)
         written.add(OUTPUT_LAYER)
-    _flush(pending, folder)
+    flush(pending, folder)
     return written
 
 
 def _planes(
-    module: str, quantized: QuantizedWeight, options: FlexQuantOptions
+    module: str, quantized: QuantizedWeight, stored: StoredConfig
 ) -> dict[str, torch.Tensor]:
-    planes = pack_planes(quantized.codes, options.layout.planes)
-    return dict(zip(tensor_names(module, options.layout), [*planes, quantized.scales], strict=True))
+    layout = PlaneLayout.parse(stored.layout)
+    planes = pack_planes(quantized.codes, layout.planes)[: len(stored.planes_of(module))]
+    scales = quantized.scales
+    if scales.shape[2] > 1:
+        scales = scales[:, :, [layout.widths.index(w) for w in stored.widths_of(module)]]
+    names = tensor_names(module, len(planes))
+    return dict(zip(names, [*planes, scales.contiguous()], strict=True))
 
 
-def _flush(pending: dict[Path, dict[str, torch.Tensor]], folder: Path) -> None:
+def flush(pending: dict[Path, dict[str, torch.Tensor]], folder: Path) -> None:
+    """Write the tensors of each file into a file of the same name in `folder`, and forget them."""
     for file, tensors in pending.items():
         metadata = {"format": "pt", "flexquant_format_version": FORMAT_VERSION}
         save_file(tensors, folder / file.name, metadata=metadata)
@@ -244,27 +298,41 @@ def _output_layer(chosen: dict, written: set[str], config: dict) -> OutputLayer:
     return OutputLayer.PLAIN
 
 
-def _write_sidecar(folder: Path, model: Path, sources: list[Path], rounded: Rounded | None) -> None:
-    def installed(name: str) -> str | None:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return None
+def write_facts(
+    folder: Path,
+    config: dict[str, Any],
+    stored: StoredConfig,
+    origin: dict[str, Any],
+    calibration: CalibrationRecord | None,
+) -> None:
+    """Write `config.json`, `flexquant.json` and, if it was calibrated, the model card.
 
+    Args:
+        config: of the model.
+        origin: of the weights: `source` and its `source_files`, `method`, and what else is known.
+    """
+    config["quantization_config"] = stored.model_dump(mode="json")
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
     record: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "files": {f.name: hash_file(f) for f in sorted(folder.glob("*.safetensors"))},
-        "provenance": {
-            "source": model.name,
-            "source_files": {f.name: hash_file(f) for f in sources},
-            "method": rounded.method if rounded else "round to nearest",
+        "provenance": origin
+        | {
             "command": sys.argv,
             "versions": {
                 "python": platform.python_version(),
-                **{n: installed(n) for n in ("vllm-flexquant", "torch", "safetensors")},
+                **{n: _installed(n) for n in ("vllm-flexquant", "torch", "safetensors")},
             },
         },
     }
-    if rounded:
-        record["calibration"] = rounded.calibration.model_dump(mode="json")
+    if calibration:
+        record["calibration"] = calibration.model_dump(mode="json")
+        write_card(folder, origin["source"], stored.layout, calibration)
     (folder / SIDECAR).write_text(json.dumps(record, indent=1))
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

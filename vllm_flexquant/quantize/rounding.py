@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from vllm_flexquant.format.layout import PlaneLayout, choose_group_size
+from vllm_flexquant.format.layout import PlaneLayout, choose_group_size, width_at_least
 from vllm_flexquant.quantize.blocks import BlockModel, Unit
 from vllm_flexquant.quantize.evaluate import OUTPUT_INDEX
 from vllm_flexquant.quantize.gptq import GptqSettings, accumulate_hessian, nested_gptq
@@ -183,7 +183,7 @@ class _Sweep:
         """Put weights of the prefix's width into the layers of block `index`."""
         layers = dict(self.model.linears(index))
         layout = self.options.layout
-        width = layout.width_at_least(PREFIX_BITS)
+        width = width_at_least(layout.widths, PREFIX_BITS)
         for name, weight in weights.items():
             layers[name].weight.data = weight.dequantize(layout, width).to(self.model.device)
 

@@ -66,7 +66,7 @@ def greedy(costs: Costs, weights: Mapping[str, int]) -> list[Step]:
     order = []
     while queue:
         _, name, path = heapq.heappop(queue)
-        width = min((w for w in costs[name] if w > path[0]), default=PARENT_BITS)
+        width = min(w for w in costs[name] if w > path[0])
         for target in path:
             order.append(Step(name, target, costs[name][target] - costs[name][width]))
             width = target
@@ -164,10 +164,10 @@ def _grow(
 
 
 def rungs(units: Mapping[str, int], steps: Sequence[Step]) -> list[dict[str, int]]:
-    """Widths at every level, cheapest first; `units` gives the highest width of each."""
+    """Widths after every step, from none on; `units` gives the highest width of each."""
     widths = dict(units)
     found = [dict(widths)]
     for step in steps:
         widths[step.unit] = step.width
         found.append(dict(widths))
-    return found[::-1]
+    return found

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from vllm_flexquant.config import FlexQuantOptions, PolicyUpdate
+from vllm_flexquant.format.layout import width_at_least, width_at_most
 from vllm_flexquant.format.record import CalibrationRecord
 from vllm_flexquant.runtime.ladder import (
     Ladder,
@@ -25,7 +26,7 @@ from vllm_flexquant.runtime.ladder import (
 )
 from vllm_flexquant.runtime.policy import Decision, StepSignals, make_policy
 from vllm_flexquant.runtime.sequences import SequenceEntropy, SlotBook
-from vllm_flexquant.runtime.table import PrecisionTable, WeightError
+from vllm_flexquant.runtime.table import PrecisionTable, WeightError, allowed_widths
 
 
 @dataclass(frozen=True)
@@ -110,10 +111,11 @@ class Controller:
         )
         self._rungs = self.ladder.widths.to(self.device)
         self._full = torch.tensor(
-            [layer.layout.widths[-1] for layer in self.table.layers],
-            dtype=torch.int32,
-            device=self.device,
+            [layer.widths[-1] for layer in layers], dtype=torch.int32, device=self.device
         )
+        self._allowed = allowed_widths(layers).to(self.device)
+        self._widths = sorted({width for layer in layers for width in layer.widths})
+        self._pruned = any(layer.widths != layer.layout.widths for layer in layers)
         self._entropy_op = torch.ops.flexquant.entropy
         self.last.level.fill_(len(self.ladder) - 1)
         self._adopt(self.options)
@@ -194,12 +196,14 @@ class Controller:
         low, high = options.min_bits, options.max_bits
         if self._pinned and options.width is not None:
             low = high = options.width
-        low = options.layout.width_at_least(max(low, floor))
-        high = max(options.layout.width_at_most(high), low)
+        low = width_at_least(self._widths, max(low, floor))
+        high = max(width_at_most(self._widths, high), low)
         return widths.clamp(low, high)
 
     def _write(self, widths: torch.Tensor) -> None:
         assert self.table is not None
+        if self._pruned:
+            widths = self._allowed.gather(1, widths.long().unsqueeze(1))[:, 0]
         self.table.widths.copy_(widths)
 
     # ---- the operator's view
@@ -242,7 +246,7 @@ class Controller:
                 {
                     "name": layer.name,
                     "width": width,
-                    "widths": list(layer.layout.widths),
+                    "widths": list(layer.widths),
                     "shape": [layer.rows, layer.columns],
                     "group_size": layer.group_size,
                     "kernel": layer.kernel,

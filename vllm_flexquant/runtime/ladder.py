@@ -107,7 +107,7 @@ def _from_steps(
     layers: Sequence[LayerRecord], steps: Sequence[tuple[Sequence[int], int]], *facts: Any
 ) -> Ladder:
     """From (positions, width) of each step down."""
-    rung = [layer.layout.widths[-1] for layer in layers]
+    rung = [layer.widths[-1] for layer in layers]
     rungs = [list(rung)]
     for positions, width in steps:
         for position in positions:

@@ -18,7 +18,12 @@ from vllm.model_executor.model_loader.reload.layerwise import initialize_online_
 from vllm.model_executor.parameter import GroupQuantScaleParameter, ModelWeightParameter
 
 from flexquant_kernels import ops, pack, reference
-from vllm_flexquant.format.layout import PARENT_BITS, ScaleMode, choose_group_size
+from vllm_flexquant.format.layout import (
+    PARENT_BITS,
+    ScaleMode,
+    choose_group_size,
+    width_at_least,
+)
 from vllm_flexquant.quantize.rtn import quantize_rtn
 from vllm_flexquant.runtime.heap import trim_heap
 from vllm_flexquant.runtime.table import LayerRecord, WeightError
@@ -45,7 +50,9 @@ class FlexLinearMethod(LinearMethodBase):
         self.config = config
         self.prefix = prefix
         self.layout = config.options.layout
-        self.plane_names = [f"plane{i}" for i in range(len(self.layout.planes))]
+        self.widths = config.widths_of(prefix)
+        self.planes = self.layout.planes[: self.layout.widths.index(self.widths[-1]) + 1]
+        self.plane_names = [f"plane{i}" for i in range(len(self.planes))]
         self.group_size = 0
         self.tile = 0
         self.index = -1
@@ -85,15 +92,15 @@ class FlexLinearMethod(LinearMethodBase):
                 columns=columns,
                 group_size=self.group_size,
                 layout=self.layout,
+                widths=self.widths,
                 kernel=choice.name,
                 reason=choice.reason,
                 error=self._weight_error(planes, scales, rows, columns),
             ),
         )
-        for name in self.plane_names:
+        for name, bits in zip(self.plane_names, self.planes, strict=True):
             plane = planes.pop(0)
             if self.tile:
-                bits = self.layout.planes[self.plane_names.index(name)]
                 plane = pack.tile_plane(plane, bits, columns, self.tile)
             _replace(layer, name, plane)
         _replace(layer, "scales", pack.tile_scales(scales, self.tile) if self.tile else scales)
@@ -116,11 +123,11 @@ class FlexLinearMethod(LinearMethodBase):
                 tile=0,
             )
 
-        best = at(PARENT_BITS)
+        best = at(self.widths[-1])
         return WeightError(
             weights=rows * columns,
             square_norm=float(best.square().sum()),
-            square_error={w: float((at(w) - best).square().sum()) for w in self.layout.widths},
+            square_error={w: float((at(w) - best).square().sum()) for w in self.widths},
         )
 
     def apply(
@@ -195,7 +202,7 @@ class OnlineFlexLinearMethod(FlexLinearMethod):
         if not tied:
             del layer.weight
         del weight
-        planes = pack.pack_planes(codes, self.layout.planes)
+        planes = pack.pack_planes(codes, self.layout.planes)[: len(self.planes)]
         del codes
         self._finish(layer, planes, scales)
         trim_heap()
@@ -235,7 +242,7 @@ class StoredFlexLinearMethod(FlexLinearMethod):
         loader = extra_weight_attrs["weight_loader"]
         loaded: set[str] = set()
         layer.flexquant_loaded = loaded
-        for name, bits in zip(self.plane_names, self.layout.planes, strict=True):
+        for name, bits in zip(self.plane_names, self.planes, strict=True):
             data = torch.empty(rows, columns * bits // PARENT_BITS, dtype=torch.uint8)
             layer.register_parameter(
                 name,
@@ -246,7 +253,7 @@ class StoredFlexLinearMethod(FlexLinearMethod):
                     weight_loader=_noting(loader, name, loaded),
                 ),
             )
-        sets = len(self.layout.widths) if options.scales is ScaleMode.PER_WIDTH else 1
+        sets = len(self.widths) if options.scales is ScaleMode.PER_WIDTH else 1
         data = torch.empty(rows, columns // group_size, sets, 2, dtype=torch.float16)
         layer.register_parameter(
             "scales",
@@ -270,7 +277,17 @@ class StoredFlexLinearMethod(FlexLinearMethod):
         planes = [getattr(layer, name).data for name in self.plane_names]
         for name in self.plane_names:
             delattr(layer, name)
-        self._finish(layer, planes, layer.scales.data)
+        self._finish(layer, planes, self._all_sets(layer.scales.data))
+
+    def _all_sets(self, scales: torch.Tensor) -> torch.Tensor:
+        """One set for each width of the layout, as kernels want them, [N, K / group_size, S, 2].
+
+        Widths at which the layer cannot run get those of the next one up, and are never used.
+        """
+        if self.config.options.scales is ScaleMode.SHARED or self.widths == self.layout.widths:
+            return scales
+        used = [width_at_least(self.widths, width) for width in self.layout.widths]
+        return scales[:, :, [self.widths.index(width) for width in used]]
 
 
 class LookupEmbeddingMethod(UnquantizedEmbeddingMethod):

@@ -155,6 +155,23 @@ class FlexQuantConfig(QuantizationConfig):
         assert self.controller.table is not None
         return self.controller.table
 
+    def widths_of(self, prefix: str) -> tuple[int, ...]:
+        """The widths in bits at which a layer can run, ascending.
+
+        Raises:
+            ValueError: the checkpoint pruned parts of a fused layer differently.
+        """
+        if self.stored is None:
+            return self.options.layout.widths
+        parts = self._parts(prefix)
+        found = {self.stored.widths_of(part) for part in parts}
+        if len(found) > 1:
+            raise ValueError(
+                f"vLLM fuses {', '.join(parts)} into {prefix}, but the checkpoint has them at "
+                "different widths; quantize again"
+            )
+        return found.pop()
+
     @property
     def left_alone(self) -> list[str]:
         """Layers that stay unquantized, with the reason."""
@@ -206,8 +223,7 @@ class FlexQuantConfig(QuantizationConfig):
         ignore = (*self.options.ignore, *(self.stored.ignore if self.stored else ()))
         if not ignore:
             return False
-        path, _, last = prefix.rpartition(".")
-        parts = [f"{path}.{p}" for p in self.packed_modules_mapping.get(last, [last])]
+        parts = self._parts(prefix)
 
         def named(name: str) -> bool:
             return any(name.strip(".") == i or name.endswith(f".{i}") for i in ignore)
@@ -219,9 +235,16 @@ class FlexQuantConfig(QuantizationConfig):
             inside = parts[found.index(True)].strip(".")
             raise ValueError(
                 f"option 'ignore' names {inside}, which vLLM fuses into {prefix}; "
-                f"name all of {', '.join(self.packed_modules_mapping[last])} or none"
+                f"name all of {', '.join(part.rpartition('.')[2] for part in parts)} or none"
             )
         return False
+
+    def _parts(self, prefix: str) -> list[str]:
+        """Names in the checkpoint of the layers that vLLM fuses into `prefix`, or its own."""
+        path, _, last = prefix.rpartition(".")
+        return [
+            f"{path}.{part}".lstrip(".") for part in self.packed_modules_mapping.get(last, [last])
+        ]
 
     def _note_left_alone(self, kind: str, prefix: str, why: str) -> None:
         self._left_alone.add(f"{kind} {prefix}: {why}")

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from vllm_flexquant.format.layout import PARENT_BITS, PlaneLayout, bytes_read
+from vllm_flexquant.format.layout import PARENT_BITS, PlaneLayout, bytes_read, width_at_least
 
 CAPACITY = 1 << 14
 """Entries allocated before the model is known (64 KiB)."""
@@ -42,6 +43,7 @@ class LayerRecord:
     """What the ladder, the metrics and the operator know of one quantized layer.
 
     `name` is the vLLM module name; `kernel` and `reason` say which kernel runs it and why.
+    `widths` are those at which it can run, ascending: fewer than the layout's if it was pruned.
     """
 
     name: str
@@ -49,6 +51,7 @@ class LayerRecord:
     columns: int
     group_size: int
     layout: PlaneLayout
+    widths: tuple[int, ...]
     kernel: str
     reason: str
     error: WeightError
@@ -56,6 +59,20 @@ class LayerRecord:
     def bytes_read(self, width: int) -> int:
         """Bytes of planes and scales that one step reads at `width`."""
         return bytes_read(self.rows, self.columns, self.group_size, width)
+
+
+def allowed_widths(layers: Sequence[LayerRecord]) -> torch.Tensor:
+    """int32 [layers, 9]: the width at which each layer runs when some width in bits is wanted.
+
+    The smallest one that it has at or above the wanted one, else its highest.
+    """
+    return torch.tensor(
+        [
+            [width_at_least(layer.widths, wanted) for wanted in range(PARENT_BITS + 1)]
+            for layer in layers
+        ],
+        dtype=torch.int32,
+    ).reshape(len(layers), PARENT_BITS + 1)
 
 
 class PrecisionTable:

@@ -10,7 +10,6 @@ from vllm.distributed import get_world_group
 from vllm.logger import init_logger
 
 from flexquant_kernels import ops
-from vllm_flexquant.format.layout import PARENT_BITS
 from vllm_flexquant.runtime import hooks
 from vllm_flexquant.runtime.quant_config import FlexQuantConfig
 from vllm_flexquant.runtime.table import WeightError
@@ -74,7 +73,7 @@ class FlexWorkerMixin:
         status = self.flexquant_status()
         options, layers = status["options"], status["layers"]
         kernels = sorted({layer["kernel"] for layer in layers})
-        stored = sum(layer.bytes_read(PARENT_BITS) for layer in self._config.table.layers)
+        stored = sum(layer.bytes_read(layer.widths[-1]) for layer in self._config.table.layers)
         logger.info(
             "flexquant: %d layers in planes %s, %.1f MB per step at all bits (%.1f MB at the "
             "lowest), %d levels, ladder by %s; policy %s, prefill %s, bounds %d to %d bits; kernel "
