@@ -76,8 +76,12 @@ def main() -> None:
     checkpoint = StoredCheckpoint(options.checkpoint)
     model = BlockModel(options.model)
     units = checkpoint.record.units
-    sizes = {unit.layers[0]: unit.weights for unit in units}
-    costs = {unit.layers[0]: {w: kl for w, (kl, _) in unit.sensitivity.items()} for unit in units}
+    sizes = {unit.name: unit.weights for unit in units}
+    prices = {
+        name: {width: count * width / PARENT_BITS for width in checkpoint.layout.widths}
+        for name, count in sizes.items()
+    }
+    costs = {unit.name: {w: kl for w, (kl, _) in unit.sensitivity.items()} for unit in units}
     results: dict[str, Any] = {}
     with Progress() as progress:
         searching = Comparison(model, calibration, checkpoint)
@@ -90,11 +94,11 @@ def main() -> None:
         for name in ("greedy", "tree"):
             began = time.monotonic()
             ladders[name] = (
-                search.greedy(costs, sizes)
+                search.greedy(costs, prices)
                 if name == "greedy"
                 else search.tree(
                     costs,
-                    sizes,
+                    prices,
                     measured,
                     options.branch,
                     options.stem,

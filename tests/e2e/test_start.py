@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+import torch
 import workers
 from conftest import running_engine
 from safetensors import safe_open
@@ -145,6 +146,7 @@ def small_checkpoint(folder, smollm2, config):
     folder.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(smollm2 / name, folder)
+    torch.manual_seed(0)  # the same tokens come out of every run
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
     model.bfloat16().save_pretrained(folder)
     return folder

@@ -162,7 +162,7 @@ def test_inspect_prints_it(finished):
     assert result.exit_code == 0, result.output
     assert "nested GPTQ" in result.output
     assert f"{record.uniform_kl[4][0]:.4f}" in result.output
-    assert "27 levels by greedy search" in result.output
+    assert "27 levels by greedy search, least KL for bytes read saved" in result.output
     assert "a static checkpoint for each level would take" in result.output
     as_json = CliRunner().invoke(app, ["inspect", str(out), "--json"])
     assert json.loads(as_json.output)["calibration"]["ladder"]["search"] == "greedy"

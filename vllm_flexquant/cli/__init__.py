@@ -65,6 +65,14 @@ def quantize(
     ] = "greedy",
     branch: Annotated[int, typer.Option(min=1, help="Candidates per node of the tree.")] = 4,
     stem: Annotated[int, typer.Option(min=1, help="Candidates that survive.")] = 2,
+    cost: Annotated[
+        str,
+        typer.Option(
+            help="Results of the kernel benchmark, whose times order the ladder. "
+            "[default: bytes read]"
+        ),
+    ] = "",
+    cost_rows: Annotated[int, typer.Option(min=1, help="Rows of activations of these times.")] = 1,
     store_output: Annotated[
         bool,
         typer.Option(
@@ -107,6 +115,8 @@ def quantize(
                 "store_output": store_output,
                 "keep_widths": keep_widths,
                 "branch": branch,
+                "cost": cost,
+                "cost_rows": cost_rows,
                 "stem": stem,
                 "device": device,
             },

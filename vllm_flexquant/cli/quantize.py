@@ -121,7 +121,10 @@ def describe(record: CalibrationRecord) -> Iterator[str]:
                     f"{rung.bytes_stored / 1e6:11.1f}"
                 )
         yield "MB stored: of a checkpoint pruned to that level"
-        yield f"{len(record.ladder.rungs)} levels by {record.ladder.search} search"
+        yield (
+            f"{len(record.ladder.rungs)} levels by {record.ladder.search} search, least KL for "
+            f"{record.ladder.cost} saved"
+        )
     checked = record.text.get("estimate_checked", {})
     if (correlation := checked.get("rank_correlation")) is not None:
         yield (

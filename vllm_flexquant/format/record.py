@@ -61,9 +61,13 @@ class RungRecord(_Part):
 
 
 class LadderRecord(_Part):
-    """`steps` from all bits down to the lowest width everywhere; a level is a number of steps."""
+    """`steps` from all bits down to the lowest width everywhere; a level is a number of steps.
+
+    `cost`: what the order saves most of for its KL.
+    """
 
     search: str
+    cost: str = "bytes read"
     steps: tuple[StepRecord, ...]
     rungs: tuple[RungRecord, ...]
 

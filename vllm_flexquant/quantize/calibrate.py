@@ -29,6 +29,7 @@ from vllm_flexquant.format.record import (
 )
 from vllm_flexquant.quantize import calibration, evaluate, probe, search, sensitivity
 from vllm_flexquant.quantize.blocks import BlockModel, Unit
+from vllm_flexquant.quantize.cost import KernelTimes, read_kernel_times
 from vllm_flexquant.quantize.pipeline import (
     Rounded,
     check_paths,
@@ -67,12 +68,13 @@ PROBE_LEVELS = (0.25, 0.75)
 class CalibrationOptions:
     """What `flexquant quantize` can be told besides the format.
 
-    text: as `calibration.read_text`. sequences of length tokens calibrate, a third as many more
-    measure. store_output: an output layer that is tied to the embedding gets planes of its own in
-    the checkpoint, rounded by its inputs; else it is rounded to nearest from the embedding when it
-    is served. keep_widths: widths in bits, ascending, that the checkpoint keeps; all of the
-    layout's if empty. measured_rungs: levels whose KL is measured. measured_units: widths of units
-    whose KL is measured beside the estimate.
+    text: as `calibration.read_text`. cost: file of kernel times that order the ladder at cost_rows
+    rows (`cost.read_kernel_times`); bytes read if empty. sequences of length tokens calibrate, a
+    third as many more measure. store_output: an output layer that is tied to the embedding gets
+    planes of its own in the checkpoint, rounded by its inputs; else it is rounded to nearest from
+    the embedding when it is served. keep_widths: in bits, ascending, what the checkpoint keeps; all
+    of the layout's if empty. measured_rungs: levels whose KL is measured. measured_units: widths of
+    units whose KL is measured beside the estimate.
     """
 
     text: str = calibration.BUILT_IN
@@ -80,6 +82,8 @@ class CalibrationOptions:
     search: Search = "greedy"
     branch: int = 4
     stem: int = 2
+    cost: str = ""
+    cost_rows: int = 1
     sequences: int = 96
     length: int = 512
     store_output: bool = False
@@ -113,6 +117,11 @@ def calibrate_checkpoint(
     chosen, ignored = choose_layers(model, options)
     if not chosen:
         raise ValueError(f"{model} has no layer that can be quantized ({'; '.join(ignored)})")
+    times = (
+        read_kernel_times(Path(settings.cost), options.layout, settings.cost_rows)
+        if settings.cost
+        else None
+    )
     text = calibration.read_text(settings.text)
     tokens = calibration.cut_tokens(
         text, calibration.load_tokenizer(model), settings.sequences, settings.length
@@ -129,7 +138,8 @@ def calibrate_checkpoint(
         "settings": {k: v for k, v in vars(settings).items() if k != "text"},
         "torch": torch.__version__,
     }
-    run = _Run(model, options, settings, chosen, tokens, WorkFolder(out, facts, resume), advance)
+    work = WorkFolder(out, facts, resume)
+    run = _Run(model, options, settings, chosen, tokens, work, times, advance)
     record = run.record(facts["text"])
     names = {"gptq": "nested GPTQ", "rtn": "round to nearest"}
     rounded = Rounded(run.read_layer, names[settings.method], record)
@@ -152,11 +162,13 @@ class _Run:
         chosen: Mapping[str, tuple[int, int]],
         tokens: calibration.CalibrationTokens,
         work: WorkFolder,
+        times: KernelTimes | None,
         advance: Advance | None,
     ) -> None:
         self.folder, self.options, self.settings = folder, options, settings
         self.tokens, self.work = tokens, work
         self.widths = settings.keep_widths or options.layout.widths
+        self.times = times
         self.model = BlockModel(folder, settings.device)
         self.rounding = RoundingOptions(
             options.layout, options.group_size, settings.method, frozenset(chosen)
@@ -242,6 +254,7 @@ class _Run:
             uniform_kl=uniform,
             ladder=LadderRecord(
                 search=self.settings.search,
+                cost=self.times.source if self.times else "bytes read",
                 steps=tuple(StepRecord(unit=number[s.unit], width=s.width) for s in steps),
                 rungs=rungs,
             ),
@@ -338,14 +351,15 @@ class _Run:
 
     def _search(self, costs: search.Costs) -> list[search.Step]:
         stored = self.work.read_json("search")
+        prices = self.sizes.prices(self.times)
         if stored is None:
             with self.stage(f"ladder, {self.settings.search}") as report:
                 if self.settings.search == "greedy":
-                    steps = search.greedy(costs, self.sizes.weights)
+                    steps = search.greedy(costs, prices)
                 else:
                     steps = search.tree(
                         costs,
-                        self.sizes.weights,
+                        prices,
                         lambda c: (
                             self._divergence(c, lambda _: None, SAMPLE_SHARE).mean(-1).tolist()
                         ),

@@ -10,6 +10,7 @@ from vllm_flexquant.format.layout import bytes_read, choose_group_size
 from vllm_flexquant.format.record import RungRecord
 from vllm_flexquant.quantize import search
 from vllm_flexquant.quantize.blocks import Unit
+from vllm_flexquant.quantize.cost import KernelTimes, unit_prices
 
 _PAIR_BYTES = 4
 """A scale and an offset of a group, fp16."""
@@ -33,6 +34,15 @@ class Sizes:
     def weights(self) -> dict[str, int]:
         """Number of weights of each unit."""
         return {unit.name: unit.weights for unit in self.units}
+
+    def prices(self, times: KernelTimes | None = None) -> dict[str, dict[int, float]]:
+        """What each unit costs per step at each width: seconds, or bytes read without `times`."""
+        return {
+            unit.name: unit_prices(
+                sum(unit.rows), unit.columns, self._group_size(unit), self.widths, times
+            )
+            for unit in self.units
+        }
 
     def read(self, widths: Mapping[str, int]) -> int:
         """Bytes of planes and scales that a step reads at `widths` of units."""

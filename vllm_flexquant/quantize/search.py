@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The order in which units lose planes, from all bits down to the lowest width everywhere.
 
-Each step lowers one unit to its next width. `greedy` takes the step with the least extra KL per
-byte saved, by sensitivities that are taken to add up; what a unit's next two steps together save is
-looked at as well, so that a dear step before a cheap one does not hide it. `tree` is the one-way
+Each step lowers one unit to its next width. `greedy` takes the step with the least extra KL for
+what it saves, by sensitivities that are taken to add up; what a unit's next two steps together save
+is looked at as well, so that a dear step before a cheap one does not hide it. What is saved is
+bytes read, or the time of kernels where it was measured. `tree` is the one-way
 search of the elastic FlexQuant (Chai et al. 2025, section 3.2): at each node the `branch` best
 steps by sensitivity are candidates, and the `stem` candidates whose measured KL on calibration text
 is least go on.
@@ -12,16 +13,21 @@ is least go on.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-
-from vllm_flexquant.format.layout import PARENT_BITS
 
 Costs = Mapping[str, Mapping[int, float]]
 """KL in nats per token of each unit at each width, all else unquantized."""
 
+Prices = Mapping[str, Mapping[int, float]]
+"""What running each unit at each width costs per step: bytes, or seconds."""
+
 Measure = Callable[[Sequence[Mapping[str, int]]], Sequence[float]]
 """Mean KL in nats per token of each choice of widths."""
+
+_SMALLEST = 1e-9
+"""Share of all that can be saved, below which nothing is."""
 
 
 @dataclass(frozen=True)
@@ -38,12 +44,8 @@ def mean_bits(weights: Mapping[str, int], widths: Mapping[str, int]) -> float:
     return sum(weights[name] * width for name, width in widths.items()) / sum(weights.values())
 
 
-def greedy(costs: Costs, weights: Mapping[str, int]) -> list[Step]:
-    """All steps in their order.
-
-    Args:
-        weights: number of weights of each unit.
-    """
+def greedy(costs: Costs, prices: Prices) -> list[Step]:
+    """All steps in their order; one that saves nothing comes last."""
     queue: list[tuple[float, str, tuple[int, ...]]] = []
 
     def offer(name: str, width: int) -> None:
@@ -52,8 +54,7 @@ def greedy(costs: Costs, weights: Mapping[str, int]) -> list[Step]:
             return
         best = min(
             (
-                (costs[name][target] - costs[name][width])
-                / (weights[name] * (width - target) / PARENT_BITS),
+                _rate(costs[name], prices[name], width, target),
                 name,
                 tuple(w for w in lower if w >= target),
             )
@@ -74,6 +75,14 @@ def greedy(costs: Costs, weights: Mapping[str, int]) -> list[Step]:
     return order
 
 
+def _rate(
+    costs: Mapping[int, float], prices: Mapping[int, float], width: int, target: int
+) -> float:
+    """Extra KL per price saved by going from `width` to `target`."""
+    saved = prices[width] - prices[target]
+    return (costs[target] - costs[width]) / saved if saved > 0 else math.inf
+
+
 @dataclass
 class _Branch:
     """A partial order of steps, and the widths that it has reached."""
@@ -84,7 +93,7 @@ class _Branch:
 
 def tree(
     costs: Costs,
-    weights: Mapping[str, int],
+    prices: Prices,
     measure: Measure,
     branch: int = 4,
     stem: int = 2,
@@ -94,7 +103,7 @@ def tree(
     """All steps in the order that the tree search finds.
 
     Args:
-        bundle: a node of the tree is this share of the bytes that can be saved, in greedy steps
+        bundle: a node of the tree is this share of what can be saved, in greedy steps
             that start with one candidate: measuring every single step of every candidate would
             take days on a large model.
         advance: called with the share of the search that is done.
@@ -106,30 +115,33 @@ def tree(
         raise ValueError(f"branch {branch} and stem {stem} must be at least 1")
     highest = {name: max(c) for name, c in costs.items()}
     lowest = {name: min(c) for name, c in costs.items()}
-    total = sum(weights[n] * (highest[n] - lowest[n]) for n in costs)
+    total = _saved(prices, highest, lowest)
     alive = [_Branch([], dict(highest))]
     while True:
         candidates = [
-            grown for node in alive for grown in _grow(node, costs, weights, branch, bundle * total)
+            grown for node in alive for grown in _grow(node, costs, prices, branch, bundle * total)
         ]
         if not candidates:
             return alive[0].steps
         unique = {tuple(sorted(c.widths.items())): c for c in reversed(candidates)}
         nodes = list(unique.values())
-        saved = [sum(weights[n] * (highest[n] - w) for n, w in c.widths.items()) for c in nodes]
+        saved = [_saved(prices, highest, node.widths) for node in nodes]
         measured = measure([c.widths for c in nodes]) if len(nodes) > 1 else [0.0]
-        # candidates differ in what they save by less than one unit; KL per byte compares them
+        # candidates differ in what they save by less than one unit: KL for it compares them
         ranked = sorted(
-            zip(measured, saved, range(len(nodes)), strict=True), key=lambda m: m[0] / m[1]
+            zip(measured, saved, range(len(nodes)), strict=True),
+            key=lambda m: m[0] / max(m[1], _SMALLEST * total),
         )
         alive = [nodes[i] for _, _, i in ranked[:stem]]
         if advance:
             advance(max(saved) / total)
 
 
-def _grow(
-    node: _Branch, costs: Costs, weights: Mapping[str, int], branch: int, size: float
-) -> list[_Branch]:
+def _saved(prices: Prices, before: Mapping[str, int], after: Mapping[str, int]) -> float:
+    return sum(prices[name][before[name]] - prices[name][width] for name, width in after.items())
+
+
+def _grow(node: _Branch, costs: Costs, prices: Prices, branch: int, size: float) -> list[_Branch]:
     """`node` with a bundle of steps more, one for each of the best `branch` first steps.
 
     A candidate leaves the units of better first steps alone, or all bundles would be the same.
@@ -140,23 +152,24 @@ def _grow(
         if lower:
             target = max(lower)
             extra = costs[name][target] - costs[name][width]
-            options.append((extra / (weights[name] * (width - target)), name, target, extra))
+            rate = _rate(costs[name], prices[name], width, target)
+            options.append((rate, name, target, extra))
     options.sort()
     grown = []
     for rank, (_, name, target, extra) in enumerate(options[:branch]):
         widths = node.widths | {name: target}
         steps = [*node.steps, Step(name, target, extra)]
-        saved = weights[name] * (node.widths[name] - target)
+        saved = prices[name][node.widths[name]] - prices[name][target]
         left_alone = {option[1] for option in options[:rank]}
         open_costs = {
             n: {w: kl for w, kl in c.items() if w <= widths[n]}
             for n, c in costs.items()
             if n not in left_alone
         }
-        for step in greedy(open_costs, weights):
+        for step in greedy(open_costs, prices):
             if saved >= size:
                 break
-            saved += weights[step.unit] * (widths[step.unit] - step.width)
+            saved += prices[step.unit][widths[step.unit]] - prices[step.unit][step.width]
             widths[step.unit] = step.width
             steps.append(step)
         grown.append(_Branch(steps, widths))
