@@ -57,6 +57,11 @@ def test_the_checkpoint_holds_what_was_found(finished):
     card = (out / "README.md").read_text()
     assert f"| uniform 4 bit | 4 | | | {record.uniform_kl[4][0]:.5f} |" in card
     assert card.count("| level ") == 5
+    for name in ("kl.png", "sensitivity.png", "storage.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+        assert f"]({name})" in card
+    assert sidecar["provenance"]["run"]["seconds"].keys() == set(stages) - {"writing"}
+    assert sidecar["provenance"]["run"]["peak_memory_bytes"] > 1e8
     assert stages == [
         "rounding", "sensitivity, estimated", "sensitivity, measured", "ladder, greedy",
         "ladder, measured", "probe", "writing",

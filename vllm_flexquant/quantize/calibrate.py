@@ -6,6 +6,9 @@ Every stage leaves its result in a `WorkFolder`, from which an interrupted run g
 
 from __future__ import annotations
 
+import resource
+import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -142,7 +145,7 @@ def calibrate_checkpoint(
     run = _Run(model, options, settings, chosen, tokens, work, times, advance)
     record = run.record(facts["text"])
     names = {"gptq": "nested GPTQ", "rtn": "round to nearest"}
-    rounded = Rounded(run.read_layer, names[settings.method], record)
+    rounded = Rounded(run.read_layer, names[settings.method], record, run.resources())
     with run.stage("writing") as report:
         quantize_checkpoint(
             model, out, options, lambda _, i, n: report(i / n), rounded, settings.keep_widths
@@ -182,6 +185,7 @@ class _Run:
         config = self.model.model.config.get_text_config()
         tied = bool(getattr(config, "tie_word_embeddings", False))
         self.stores_output = settings.store_output or not tied
+        self.seconds: dict[str, float] = {}
         self._block_of: dict[str, int] = {}
         self._cached: tuple[int, Mapping[str, QuantizedWeight]] | None = None
 
@@ -194,8 +198,23 @@ class _Run:
                 self.advance(name, share)
 
         report(0.0)
+        began = time.monotonic()
         yield report
+        self.seconds[name] = time.monotonic() - began
         report(1.0)
+
+    def resources(self) -> dict[str, Any]:
+        """What this process took: seconds by stage, and its peak memory so far in bytes."""
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        found = {
+            "seconds": self.seconds,
+            "peak_memory_bytes": peak,
+            "device": str(self.model.device),
+        }
+        if self.model.device.type == "cuda":
+            found["peak_device_bytes"] = torch.cuda.max_memory_allocated(self.model.device)
+        return found
 
     def read_layer(self, name: str) -> QuantizedWeight | None:
         """A layer's codes and scales from the work folder."""

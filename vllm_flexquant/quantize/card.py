@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from vllm_flexquant.format.record import CalibrationRecord
+from vllm_flexquant.quantize.plots import write_plots
 
 CARD = "README.md"
 BASE_CARD = "README.base-model.md"
@@ -20,7 +21,9 @@ def write_card(folder: Path, source: str, layout: str, record: CalibrationRecord
     card = folder / CARD
     if card.exists():
         card.rename(folder / BASE_CARD)
-    card.write_text("\n".join(_lines(source, layout, record)) + "\n", encoding="utf-8")
+    plots = write_plots(folder, record)
+    lines = [*_lines(source, layout, record), *(f"\n![{t}]({name})" for name, t in plots.items())]
+    card.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _lines(source: str, layout: str, record: CalibrationRecord) -> Iterator[str]:

@@ -8,7 +8,7 @@ import platform
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -70,12 +70,13 @@ class Rounded:
     """Layers that were quantized before, and what is to be said of them.
 
     read: codes and scales of a layer by name, None for one that is to be rounded to nearest.
-    method: of rounding, in words. calibration: what calibration found.
+    method: of rounding, in words. calibration: what calibration found. run: what it took.
     """
 
     read: Callable[[str], QuantizedWeight | None]
     method: str
     calibration: CalibrationRecord
+    run: Mapping[str, Any]
 
 
 def check_paths(model: Path, out: Path) -> None:
@@ -142,6 +143,7 @@ def quantize_checkpoint(
                 "source": model.name,
                 "source_files": {f.name: hash_file(f) for f in files},
                 "method": rounded.method if rounded else "round to nearest",
+                **({"run": dict(rounded.run)} if rounded else {}),
             },
             rounded.calibration if rounded else None,
         )
