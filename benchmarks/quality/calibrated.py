@@ -142,10 +142,13 @@ class Comparison:
         if progress:
             task = progress.add_task(label, total=len(self.model))
             advance = partial(_advance, progress, task)
-        nested = evaluate.NestedModel(
+        return evaluate.divergence(self.nested(source), self.tokens, choices, advance)
+
+    def nested(self, source: Source) -> evaluate.NestedModel:
+        """The model with layers as `source` has them."""
+        return evaluate.NestedModel(
             self.model, self.blocks, self.layout, partial(self._read, source)
         )
-        return evaluate.divergence(nested, self.tokens, choices, advance)
 
     def _read(self, source: Source, index: int) -> dict[str, QuantizedWeight]:
         if index == evaluate.OUTPUT_INDEX:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -131,6 +132,31 @@ def test_a_killed_command_can_be_resumed(tiny_model, tiny_text, finished, tmp_pa
     subprocess.run([*command, "--resume"], check=True, capture_output=True)
     assert weights_of(out) == weights_of(finished[0])
     assert not work.exists()
+
+
+@pytest.mark.parametrize("stage", ["rounding", "writing"])
+def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_room(
+    tiny_model, settings, finished, tmp_path, stage
+):
+    """A limit on the size of files fails writes as a full disk does."""
+    out = tmp_path / "out"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(name, _):
+        if name == stage:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+
+    try:
+        with pytest.raises(ValueError, match=r"cannot write .*; make room for it"):
+            calibrate_checkpoint(tiny_model, out, FlexQuantOptions(), settings, advance=fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not out.exists()
+    assert not list(tmp_path.rglob("*.new"))
+    record = calibrate_checkpoint(tiny_model, out, FlexQuantOptions(), settings, resume=True)
+    assert record == finished[1]
+    assert weights_of(out) == weights_of(finished[0])
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_the_tree_search_and_another_layout(tiny_model, settings, tmp_path):

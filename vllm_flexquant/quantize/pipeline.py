@@ -36,6 +36,7 @@ from vllm_flexquant.format.layout import PlaneLayout, choose_group_size
 from vllm_flexquant.format.record import CalibrationRecord
 from vllm_flexquant.quantize.card import write_card
 from vllm_flexquant.quantize.rtn import QuantizedWeight, quantize_rtn
+from vllm_flexquant.quantize.workfolder import writing
 
 _KEPT = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README*")
 """What is copied beside the weights."""
@@ -288,7 +289,8 @@ def flush(pending: dict[Path, dict[str, torch.Tensor]], folder: Path) -> None:
     """Write the tensors of each file into a file of the same name in `folder`, and forget them."""
     for file, tensors in pending.items():
         metadata = {"format": "pt", "flexquant_format_version": FORMAT_VERSION}
-        save_file(tensors, folder / file.name, metadata=metadata)
+        with writing(folder / file.name):
+            save_file(tensors, folder / file.name, metadata=metadata)
     pending.clear()
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,8 @@ class WorkFolder:
 
     def write_tensors(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
         temporary = self.path / f"{name}.safetensors.new"
-        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary)
+        with writing(temporary):
+            save_file({k: v.contiguous() for k, v in tensors.items()}, temporary)
         os.replace(temporary, self.path / f"{name}.safetensors")
 
     def remove(self) -> None:
@@ -85,8 +87,26 @@ class WorkFolder:
 
     def _write(self, name: str, content: bytes) -> None:
         temporary = self.path / f"{name}.new"
-        temporary.write_bytes(content)
+        with writing(temporary):
+            temporary.write_bytes(content)
         os.replace(temporary, self.path / name)
+
+
+@contextmanager
+def writing(file: Path) -> Iterator[None]:
+    """What fails inside is a failure to write `file`.
+
+    Raises:
+        ValueError: it cannot be written; nothing of it is left.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        file.unlink(missing_ok=True)
+        raise ValueError(
+            f"cannot write {file}: {error}; make room for it, then run the same again "
+            "(with --resume, calibration goes on where it was)"
+        ) from None
 
 
 def to_tensors(weights: Mapping[str, QuantizedWeight]) -> dict[str, torch.Tensor]:
