@@ -28,11 +28,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from vllm_flexquant.format import compressed_tensors
+from vllm_flexquant.format.compressed_tensors import INDEX, packed_tensors
 from vllm_flexquant.format.layout import choose_group_size
 from vllm_flexquant.quantize.pipeline import linear_modules
 
-INT4_PER_INT32 = 8
-INDEX = "model.safetensors.index.json"
 IGNORED = ("lm_head",)
 
 
@@ -102,15 +102,6 @@ def round_to_nearest(
     return codes.to(torch.int8).reshape(rows, columns), scales
 
 
-def pack_int4(codes: torch.Tensor) -> torch.Tensor:
-    """int8 [N, K] in [-8, 7], K a multiple of 8 -> int32 [N, K/8]."""
-    unsigned = (codes.to(torch.int32) + 8).reshape(len(codes), -1, INT4_PER_INT32)
-    packed = torch.zeros(unsigned.shape[:2], dtype=torch.int32)
-    for place in range(INT4_PER_INT32):
-        packed |= unsigned[..., place] << (4 * place)
-    return packed
-
-
 def quantize_weight(name: str, weight: torch.Tensor, scheme: Scheme) -> dict[str, torch.Tensor]:
     """The tensors that stand in a checkpoint for `{name}.weight`, [N, K]."""
     if not bool(torch.isfinite(weight).all()):
@@ -119,11 +110,8 @@ def quantize_weight(name: str, weight: torch.Tensor, scheme: Scheme) -> dict[str
     codes, scales = round_to_nearest(weight, scheme.bits, group_size, scheme.scale_dtype)
     if scheme.bits == 8:
         return {f"{name}.weight": codes, f"{name}.weight_scale": scales}
-    return {
-        f"{name}.weight_packed": pack_int4(codes),
-        f"{name}.weight_scale": scales,
-        f"{name}.weight_shape": torch.tensor(weight.shape, dtype=torch.int64),
-    }
+    half = 1 << (scheme.bits - 1)
+    return packed_tensors(name, (codes + half).to(torch.uint8), scales, scheme.bits)
 
 
 def choose(name: str, columns: int, scheme: Scheme) -> int | None:
@@ -140,35 +128,12 @@ def quantization_config(modules: dict[str, tuple[int, int]], scheme: Scheme) -> 
     """`quantization_config` for config.json.
 
     Args:
-        modules: (N, K) of each layer to quantize. With one group size for all of them the target is
-            every linear layer; else each layer is named.
+        modules: (N, K) of each layer to quantize.
     """
-    members: dict[int | None, list[str]] = {}
-    for name, (_, columns) in modules.items():
-        members.setdefault(choose(name, columns, scheme), []).append(name)
-    groups = {}
-    for number, (group_size, names) in enumerate(members.items()):
-        weights = {
-            "num_bits": scheme.bits,
-            "type": "int",
-            "symmetric": True,
-            "strategy": "channel" if group_size is None else "group",
-            "group_size": group_size,
-            "dynamic": False,
-        }
-        groups[f"group_{number}"] = {
-            "targets": ["Linear"] if len(members) == 1 else names,
-            "weights": weights,
-            "input_activations": scheme.activations,
-            "output_activations": None,
-        }
-    return {
-        "quant_method": "compressed-tensors",
-        "format": scheme.format,
-        "quantization_status": "compressed",
-        "config_groups": groups,
-        "ignore": list(IGNORED),
-    }
+    group_sizes = {name: choose(name, columns, scheme) for name, (_, columns) in modules.items()}
+    return compressed_tensors.quantization_config(
+        group_sizes, scheme.bits, True, scheme.format, scheme.activations, IGNORED
+    )
 
 
 def make_checkpoint(model: Path, out: Path, scheme: Scheme) -> Path:

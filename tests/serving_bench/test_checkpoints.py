@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from benchmarks.serving.checkpoints import (
     SCHEMES,
     make_checkpoint,
-    pack_int4,
     quantization_config,
     quantize_weight,
     round_to_nearest,
@@ -61,17 +60,6 @@ def tiny(tmp_path: Path) -> Path:
     index = {"metadata": {}, "weight_map": where}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder
-
-
-@pytest.mark.parametrize("columns", [8, 64, 576])
-def test_packing_is_that_of_compressed_tensors(columns):
-    helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
-    codes = torch.randint(-8, 8, (5, columns), dtype=torch.int8)
-    codes[0, 0], codes[-1, -1] = -8, 7
-    packed = pack_int4(codes)
-    assert packed.dtype == torch.int32
-    assert torch.equal(packed, helpers.pack_to_int32(codes, 4))
-    assert torch.equal(helpers.unpack_from_int32(packed, 4, codes.shape), codes)
 
 
 @pytest.mark.parametrize(("bits", "group_size"), [(8, None), (4, 32), (4, 128)])
@@ -156,11 +144,8 @@ def test_shapes_and_dtypes():
     assert w4a16["x.weight_shape"].tolist() == [32, 192]
 
 
-def test_config_names_layers_only_when_group_sizes_differ():
-    modules = {"a.up": (64, 256), "a.down": (64, 512)}
-    (group,) = quantization_config(modules, SCHEMES["w4a16"])["config_groups"].values()
-    assert (group["targets"], group["weights"]["group_size"]) == (["Linear"], 128)
-    modules["a.odd"] = (64, 576)
+def test_config_has_a_group_for_each_group_size():
+    modules = {"a.up": (64, 256), "a.down": (64, 512), "a.odd": (64, 576)}
     groups = quantization_config(modules, SCHEMES["w4a16"])["config_groups"].values()
     assert {tuple(g["targets"]): g["weights"]["group_size"] for g in groups} == {
         ("a.up", "a.down"): 128,

@@ -140,6 +140,46 @@ def prune(
 
 
 @app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="Saved flexquant checkpoint (folder).")],
+    out: Annotated[Path, typer.Argument(help="New folder for the static checkpoint.")],
+    width: Annotated[
+        int, typer.Option(help="Bits of all layers: 4, or 8, which vLLM serves on GPUs only.")
+    ] = 4,
+    format_name: Annotated[
+        str, typer.Option("--format", help="compressed-tensors (pack-quantized, weights only).")
+    ] = "compressed-tensors",
+    method: Annotated[
+        str, typer.Option(help="gptq: with error compensation. rtn: to nearest, needs no text.")
+    ] = "gptq",
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="mix (built in), a .txt or .jsonl file, or a dataset NAME[:CONFIG[:SPLIT]]. "
+            "[default: mix for gptq]"
+        ),
+    ] = None,
+    sequences: Annotated[int, typer.Option(min=8, help="Calibration sequences.")] = 96,
+    length: Annotated[int, typer.Option(min=32, help="Tokens of a sequence.")] = 512,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Write CHECKPOINT at one width into OUT, for vLLM without this plugin."""
+    from vllm_flexquant.cli.export import ExportArguments, run
+
+    run(
+        ExportArguments(
+            checkpoint=checkpoint,
+            out=out,
+            width=width,
+            format=format_name,
+            method=method,
+            calibration=calibration,
+            settings={"sequences": sequences, "length": length, "device": device},
+        )
+    )
+
+
+@app.command()
 def inspect(
     checkpoint: Annotated[Path, typer.Argument(help="Saved flexquant checkpoint (folder).")],
     as_json: Annotated[bool, typer.Option("--json", help="The record as JSON.")] = False,

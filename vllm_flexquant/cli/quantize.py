@@ -44,8 +44,8 @@ def run(arguments: QuantizeArguments) -> None:
     Raises:
         ValueError: a bad argument, or the model or text cannot be used.
     """
-    _check("method", arguments.method, get_args(Method))
-    _check("search", arguments.search, get_args(Search))
+    check_choice("method", arguments.method, get_args(Method))
+    check_choice("search", arguments.search, get_args(Search))
     options = FlexQuantOptions().updated(arguments.format, "command line")
     text = arguments.calibration or (BUILT_IN if arguments.method == "gptq" else NO_TEXT)
     if text == NO_TEXT and arguments.method == "gptq":
@@ -53,7 +53,7 @@ def run(arguments: QuantizeArguments) -> None:
             "--method gptq needs calibration text; drop --calibration none, or use rtn"
         )
     keep_widths = parse_widths(arguments.settings["keep_widths"])
-    with _progress() as advance:
+    with progress_bars() as advance:
         if text == NO_TEXT:
             modules = quantize_checkpoint(
                 arguments.model,
@@ -85,7 +85,7 @@ def prune(checkpoint: Path, out: Path, top_bits: float) -> None:
     Raises:
         ValueError: as `prune_checkpoint`.
     """
-    with _progress() as advance:
+    with progress_bars() as advance:
         record = prune_checkpoint(checkpoint, out, top_bits, partial(advance, "writing"))
     for line in describe(record):
         typer.echo(line)
@@ -139,13 +139,14 @@ def describe(record: CalibrationRecord) -> Iterator[str]:
     yield f"{len(record.units)} units, {total / 1e6:.1f} M weights"
 
 
-def _check(name: str, value: str, known: tuple[str, ...]) -> None:
+def check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
+    """Refuse an option's value that is not among those known."""
     if value not in known:
         raise ValueError(f"--{name} is '{value}'; use {' or '.join(known)}")
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[str, float], None]]:
+def progress_bars() -> Iterator[Callable[[str, float], None]]:
     """A bar for each stage, with the time that is left."""
     columns = (
         TextColumn("{task.description:24}"),

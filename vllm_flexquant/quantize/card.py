@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model card of a calibrated checkpoint."""
+"""Model cards of calibrated and of exported checkpoints."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from vllm_flexquant.format.record import CalibrationRecord
 from vllm_flexquant.quantize.plots import write_plots
@@ -14,6 +15,9 @@ BASE_CARD = "README.base-model.md"
 """What the source's own card is kept as."""
 
 _SHOWN_RUNGS = 12
+
+_NESTED = "nested weights for vllm-flexquant"
+"""In the title of a calibrated checkpoint's card."""
 
 
 def write_card(folder: Path, source: str, layout: str, record: CalibrationRecord) -> None:
@@ -26,10 +30,44 @@ def write_card(folder: Path, source: str, layout: str, record: CalibrationRecord
     card.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def write_export_card(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write `README.md` into an exported folder, from what its record says.
+
+    A card that is the base model's own is kept beside; a calibrated checkpoint's is not, as it
+    tells of planes.
+    """
+    card, base = folder / CARD, folder / BASE_CARD
+    if card.exists() and not base.exists() and not _is_calibrated_card(card):
+        card.rename(base)
+    card.write_text("\n".join(_export_lines(record)) + "\n", encoding="utf-8")
+
+
+def _is_calibrated_card(card: Path) -> bool:
+    return _NESTED in card.read_text(encoding="utf-8", errors="replace")
+
+
+def _export_lines(record: Mapping[str, Any]) -> Iterator[str]:
+    model = record["base_model"] or record["source"]
+    yield from ("---", f"base_model: {model}", "library_name: vllm", "---", "")
+    yield f"# {model}, {record['width']} bit"
+    yield ""
+    text = record["text"]
+    by = f" on {text['tokens']} tokens of {text['text']}" if text else ""
+    yield (
+        f"A static {record['format']} checkpoint, exported by vllm-flexquant from "
+        f"{record['source']}: its 8-bit weights rounded to {record['width']} bits by "
+        f"{record['method']}{by}. vLLM serves it without a plugin:"
+    )
+    yield ""
+    yield "    vllm serve THIS_FOLDER"
+    yield ""
+    yield "Where it comes from, and which layers are not quantized, is in `flexquant-export.json`."
+
+
 def _lines(source: str, layout: str, record: CalibrationRecord) -> Iterator[str]:
     text = record.text
     yield from ("---", f"base_model: {source}", "library_name: vllm", "---", "")
-    yield f"# {source}, nested weights for vllm-flexquant"
+    yield f"# {source}, {_NESTED}"
     yield ""
     yield f"One copy of the weights in planes {layout}, of which every layer can run at any width:"
     yield ""

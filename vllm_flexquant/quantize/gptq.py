@@ -84,16 +84,18 @@ def nested_gptq(
             f"{name} got NaN or infinite inputs from the calibration text; "
             "check the checkpoint or name the layer in 'ignore'"
         )
-    hessian = _damped(hessian, settings.damping)
-    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    spread = _spread(hessian[order][:, order])
+    hessian = damped(hessian, settings.damping)
+    order, spread = column_order(hessian)
+    emphasis = settings.weights(layout)
     codes, scales = torch.empty_like(start.codes), torch.empty_like(start.scales)
     step = max(1, _COPY_ELEMENTS // (weight.shape[1] * len(layout.widths)))
     for first in range(0, len(weight), step):  # rows do not depend on each other
         part = slice(first, first + step)
         target, pairs = weight[part].float(), start.scales[part]
         for _ in range(settings.rounds):
-            rounded = _round_columns(target, spread, order, pairs, layout, group_size, settings)
+            rounded = round_columns(
+                target, spread, order, pairs, group_size, layout.widths, emphasis
+            )
             pairs = _fit_scales(target, hessian, rounded, pairs, layout, group_size)
         codes[part], scales[part] = rounded, pairs
     return QuantizedWeight(codes, scales)
@@ -119,7 +121,7 @@ def _energy(error: torch.Tensor, hessian: torch.Tensor) -> float:
     return float(((error @ hessian) * error).sum())
 
 
-def _damped(hessian: torch.Tensor, damping: float) -> torch.Tensor:
+def damped(hessian: torch.Tensor, damping: float) -> torch.Tensor:
     """`hessian` with its diagonal raised, so that it can be inverted; an input that is always 0
     gets a diagonal of 1, and its weights are then simply rounded."""
     hessian = hessian.clone()
@@ -127,6 +129,12 @@ def _damped(hessian: torch.Tensor, damping: float) -> torch.Tensor:
     diagonal[diagonal == 0] = 1.0
     diagonal += damping * diagonal.mean()
     return hessian
+
+
+def column_order(hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Order in which to round columns, int64 [K], and the spread of errors in that order."""
+    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    return order, _spread(hessian[order][:, order])
 
 
 def _spread(hessian: torch.Tensor) -> torch.Tensor:
@@ -144,19 +152,22 @@ def _spread(hessian: torch.Tensor) -> torch.Tensor:
     raise ValueError("the inputs of a layer are too close to dependent; use more calibration text")
 
 
-def _round_columns(
+def round_columns(
     target: torch.Tensor,
     spread: torch.Tensor,
     order: torch.Tensor,
     scales: torch.Tensor,
-    layout: PlaneLayout,
     group_size: int,
-    settings: GptqSettings,
+    widths: Sequence[int],
+    emphasis: Sequence[float],
 ) -> torch.Tensor:
-    """Codes uint8 [N, K] for fixed scales fp16 [N, G, S, 2]."""
-    widths = layout.widths
+    """Codes uint8 [N, K] of the highest width, for fixed scales fp16 or fp32 [N, G, S, 2].
+
+    Args:
+        target: fp32 [N, K]. spread, order: of `column_order`.
+        widths: S of them, ascending. emphasis: weight of a squared error in steps of each.
+    """
     rows, columns = target.shape
-    emphasis = settings.weights(layout)
     pairs = scales.float().permute(1, 3, 2, 0).contiguous()  # [G, 2, S, N]
     wanted = target.T[order].unsqueeze(1).repeat(1, len(widths), 1)  # [K, S, N]
     group_of = (order // group_size).tolist()

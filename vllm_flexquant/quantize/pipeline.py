@@ -32,11 +32,11 @@ from vllm_flexquant.format.checkpoint import (
     tensor_names,
     validate_checkpoint,
 )
+from vllm_flexquant.format.files import writing
 from vllm_flexquant.format.layout import PlaneLayout, choose_group_size
 from vllm_flexquant.format.record import CalibrationRecord
 from vllm_flexquant.quantize.card import write_card
 from vllm_flexquant.quantize.rtn import QuantizedWeight, quantize_rtn
-from vllm_flexquant.quantize.workfolder import writing
 
 _KEPT = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "README*")
 """What is copied beside the weights."""
@@ -155,6 +155,8 @@ def quantize_checkpoint(
 def new_checkpoint(out: Path, source: Path) -> Iterator[Path]:
     """A folder with what `source` has beside its weights, which becomes `out` at the end.
 
+    Left out are an index of weight files and what we say of a checkpoint (`flexquant.json`).
+
     Nothing is left of it if anything fails.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -163,7 +165,7 @@ def new_checkpoint(out: Path, source: Path) -> Iterator[Path]:
         folder.mkdir()
         for pattern in _KEPT:
             for file in source.glob(pattern):
-                if not file.name.endswith(".index.json"):
+                if file.name != SIDECAR and not file.name.endswith(".index.json"):
                     shutil.copy2(file, folder)
         yield folder
         if out.exists():
@@ -302,6 +304,19 @@ def _output_layer(chosen: dict, written: set[str], config: dict) -> OutputLayer:
     return OutputLayer.PLAIN
 
 
+def installed_versions() -> dict[str, str | None]:
+    """Python's and those of the packages that made a checkpoint."""
+
+    def installed(name: str) -> str | None:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return None
+
+    names = ("vllm-flexquant", "torch", "safetensors")
+    return {"python": platform.python_version(), **{n: installed(n) for n in names}}
+
+
 def write_facts(
     folder: Path,
     config: dict[str, Any],
@@ -323,20 +338,10 @@ def write_facts(
         "provenance": origin
         | {
             "command": sys.argv,
-            "versions": {
-                "python": platform.python_version(),
-                **{n: _installed(n) for n in ("vllm-flexquant", "torch", "safetensors")},
-            },
+            "versions": installed_versions(),
         },
     }
     if calibration:
         record["calibration"] = calibration.model_dump(mode="json")
         write_card(folder, origin["source"], stored.layout, calibration)
     (folder / SIDECAR).write_text(json.dumps(record, indent=1))
-
-
-def _installed(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

@@ -10,8 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from vllm_flexquant.format.files import writing
 from vllm_flexquant.quantize.rtn import QuantizedWeight
 
 _RUN = "run.json"
@@ -90,23 +90,6 @@ class WorkFolder:
         with writing(temporary):
             temporary.write_bytes(content)
         os.replace(temporary, self.path / name)
-
-
-@contextmanager
-def writing(file: Path) -> Iterator[None]:
-    """What fails inside is a failure to write `file`.
-
-    Raises:
-        ValueError: it cannot be written; nothing of it is left.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        file.unlink(missing_ok=True)
-        raise ValueError(
-            f"cannot write {file}: {error}; make room for it, then run the same again "
-            "(with --resume, calibration goes on where it was)"
-        ) from None
 
 
 def to_tensors(weights: Mapping[str, QuantizedWeight]) -> dict[str, torch.Tensor]:
