@@ -91,6 +91,13 @@ def quantize(
         bool, typer.Option("--resume", help="Go on with an interrupted run.")
     ] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Share the work out to a Ray cluster: auto, HOST:PORT, ray://HOST:PORT, or local.",
+        ),
+    ] = None,
 ) -> None:
     """Quantize MODEL and save it as planes in OUT, calibrated on text unless told otherwise."""
     from vllm_flexquant.cli.quantize import QuantizeArguments, run
@@ -119,6 +126,7 @@ def quantize(
                 "cost_rows": cost_rows,
                 "stem": stem,
                 "device": device,
+                "ray": ray,
             },
             resume=resume,
         )

@@ -30,7 +30,14 @@ from vllm_flexquant.format.record import (
     StepRecord,
     UnitRecord,
 )
-from vllm_flexquant.quantize import calibration, evaluate, probe, search, sensitivity
+from vllm_flexquant.quantize import (
+    calibration,
+    evaluate,
+    parallel,
+    probe,
+    search,
+    sensitivity,
+)
 from vllm_flexquant.quantize.blocks import BlockModel, Unit
 from vllm_flexquant.quantize.cost import KernelTimes, read_kernel_times
 from vllm_flexquant.quantize.pipeline import (
@@ -77,7 +84,8 @@ class CalibrationOptions:
     planes of its own in the checkpoint, rounded by its inputs; else it is rounded to nearest from
     the embedding when it is served. keep_widths: in bits, ascending, what the checkpoint keeps; all
     of the layout's if empty. measured_rungs: levels whose KL is measured. measured_units: widths of
-    units whose KL is measured beside the estimate.
+    units whose KL is measured beside the estimate. ray: address as `parallel.connect` takes it; the
+    results do not depend on it.
     """
 
     text: str = calibration.BUILT_IN
@@ -95,6 +103,7 @@ class CalibrationOptions:
     measured_units: int = 24
     seed: int = 0
     device: str = "cpu"
+    ray: str | None = None
 
 
 def calibrate_checkpoint(
@@ -109,7 +118,7 @@ def calibrate_checkpoint(
 
     Raises:
         ValueError: as `quantize_checkpoint`, or the calibration text or the tokenizer cannot be
-            used, or an interrupted run stands in the way.
+            used, an interrupted run stands in the way, or the Ray cluster is of no use.
     """
     check_paths(model, out)
     if options.scales is not ScaleMode.PER_WIDTH:
@@ -138,12 +147,16 @@ def calibrate_checkpoint(
             "ignore": list(options.ignore),
             "output_layer": options.output_layer,
         },
-        "settings": {k: v for k, v in vars(settings).items() if k != "text"},
+        "settings": {k: v for k, v in vars(settings).items() if k not in ("text", "ray")},
         "torch": torch.__version__,
     }
-    work = WorkFolder(out, facts, resume)
-    run = _Run(model, options, settings, chosen, tokens, work, times, advance)
-    record = run.record(facts["text"])
+    with parallel.connect(settings.ray) as workers:
+        work = WorkFolder(out.absolute(), facts, resume)
+        workers.share(model.absolute() / "config.json", work.facts_file)
+        run = _Run(
+            model.absolute(), options, settings, chosen, tokens, work, times, advance, workers
+        )
+        record = run.record(facts["text"])
     names = {"gptq": "nested GPTQ", "rtn": "round to nearest"}
     rounded = Rounded(run.read_layer, names[settings.method], record, run.resources())
     with run.stage("writing") as report:
@@ -167,9 +180,10 @@ class _Run:
         work: WorkFolder,
         times: KernelTimes | None,
         advance: Advance | None,
+        workers: parallel.Workers,
     ) -> None:
         self.folder, self.options, self.settings = folder, options, settings
-        self.tokens, self.work = tokens, work
+        self.tokens, self.work, self.workers = tokens, work, workers
         self.widths = settings.keep_widths or options.layout.widths
         self.times = times
         self.model = BlockModel(folder, settings.device)
@@ -230,8 +244,9 @@ class _Run:
         blocks = len(self.model)
         with self.stage("rounding") as report:
             self.blocks = round_blocks(
-                self.model, self.tokens.fit, self.rounding, self.work, lambda i: report(i / blocks)
-            )
+                self.model, self.tokens.fit, self.rounding, self.work,
+                lambda i: report(i / blocks), self.workers.quantize,
+            )  # fmt: skip
             if self.output:
                 self._round_output()
         self.nested = evaluate.NestedModel(
@@ -296,10 +311,7 @@ class _Run:
         report: Callable[[float], None],
         share: float = 1.0,
     ) -> torch.Tensor:
-        blocks = len(self.model)
-        return evaluate.divergence(
-            self.nested, self._held_back(share), choices, lambda i: report(i / blocks)
-        )
+        return self.workers.divergence(self.nested, self._held_back(share), choices, report)
 
     def _held_back(self, share: float) -> torch.Tensor:
         """So many of the held-back sequences, evenly."""
@@ -314,12 +326,8 @@ class _Run:
         stored = self.work.read_json("sensitivity")
         if stored is None:
             with self.stage("sensitivity, estimated") as report:
-                blocks = len(self.model)
-                costs = sensitivity.estimate(
-                    self.nested,
-                    self._held_back(ESTIMATE_SHARE),
-                    self.settings.seed,
-                    lambda i: report(i / blocks),
+                costs = self.workers.estimate(
+                    self.nested, self._held_back(ESTIMATE_SHARE), self.settings.seed, report
                 )
             picked = self._sample(costs)
             choices: list[dict[str, int]] = [{name: width} for name, width in picked]

@@ -64,7 +64,7 @@ def divergence(
         tokens: int64 [sequences, length].
         choices: widths of units; `{}` is the reference itself.
     """
-    batches = list(tokens.split(max(1, _BATCH_TOKENS // tokens.shape[1])))
+    batches = cut(tokens)
     everything = [{}, *choices]
     with torch.inference_mode():
         start = [nested.model.embed(batch) for batch in batches]
@@ -74,6 +74,11 @@ def divergence(
             if advance:
                 advance(index + 1)
         return _compare(nested, batches, everything, groups)
+
+
+def cut(tokens: torch.Tensor) -> list[torch.Tensor]:
+    """Batches of `tokens` [sequences, length] whose KL does not depend on each other."""
+    return list(tokens.split(max(1, _BATCH_TOKENS // tokens.shape[1])))
 
 
 def _through_block(

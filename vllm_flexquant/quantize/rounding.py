@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 
 from vllm_flexquant.format.layout import PlaneLayout, choose_group_size, width_at_least
+from vllm_flexquant.quantize.batches import Batches
 from vllm_flexquant.quantize.blocks import BlockModel, Unit
 from vllm_flexquant.quantize.evaluate import OUTPUT_INDEX
 from vllm_flexquant.quantize.gptq import GptqSettings, accumulate_hessian, nested_gptq
@@ -25,7 +26,8 @@ Method = Literal["rtn", "gptq"]
 PREFIX_BITS = 4
 """The inputs of a block come from the blocks before it at this width, or the next one up."""
 
-_BATCH_TOKENS = 4096
+Layer = tuple[str, torch.Tensor, torch.Tensor | None]
+"""Name, weight float [N, K], and Hessian fp32 [K, K] or None for round to nearest."""
 
 _HIDDEN = "hidden"
 """File of the hidden states after the last block: `N.B`, what block N is given in batch B."""
@@ -42,23 +44,30 @@ class RoundingOptions:
     gptq: GptqSettings = GptqSettings()  # noqa: RUF009 - frozen
 
 
+def quantize_layers(layers: Sequence[Layer], options: RoundingOptions) -> list[QuantizedWeight]:
+    """Codes and scales of each layer; layers do not depend on each other."""
+    return [_quantize(weight, hessian, options, name) for name, weight, hessian in layers]
+
+
 def round_blocks(
     model: BlockModel,
     tokens: torch.Tensor,
     options: RoundingOptions,
     work: WorkFolder,
     advance: Callable[[int], None] | None = None,
+    quantize: Callable[[Sequence[Layer], RoundingOptions], list[QuantizedWeight]] = quantize_layers,
 ) -> list[list[Unit]]:
     """Quantize the layers of all blocks, into files `block-N` of `work`.
 
     Args:
         tokens: int64 [sequences, length], the calibration text.
+        quantize: does what `quantize_layers` does with the layers of a block.
 
     Returns:
         The units of each block that were quantized.
     """
     found: list[list[Unit]] = []
-    sweep = _Sweep(model, tokens, options, work)
+    sweep = _Sweep(model, tokens, options, work, quantize)
     hidden: list[torch.Tensor] | None = None
     with torch.inference_mode():
         for index in range(len(model)):
@@ -66,7 +75,7 @@ def round_blocks(
             if not done and hidden is None:
                 hidden = sweep.hidden_before(index)
             with model.loaded(index):
-                found.append(sweep.units(index))
+                found.append(sweep.chosen_units(index))
                 if hidden is not None:
                     weights = sweep.round_block(index, found[-1], hidden)
                     work.write_tensors(block_file(index), to_tensors(weights))
@@ -99,7 +108,7 @@ def round_output(
     handle = layer.register_forward_pre_hook(note)
     nothing = torch.zeros(1, columns)  # only the input is wanted, not the logits
     with torch.inference_mode():
-        for batch, given in zip(sweep.batches, sweep.hidden_before(len(model)), strict=True):
+        for batch, given in zip(sweep.tokens, sweep.hidden_before(len(model)), strict=True):
             model.logits(batch, given, nothing)
     handle.remove()
     return _quantize(weight, hessian, options, name)
@@ -115,20 +124,24 @@ def read_block(work: WorkFolder, index: int) -> dict[str, QuantizedWeight]:
     return from_tensors(work.read_tensors(block_file(index)) or {})
 
 
-class _Sweep:
-    """The calibration tokens on their way through the blocks, in batches."""
+class _Sweep(Batches):
+    """The calibration tokens on their way through the blocks, which are rounded on the way."""
 
     def __init__(
-        self, model: BlockModel, tokens: torch.Tensor, options: RoundingOptions, work: WorkFolder
+        self,
+        model: BlockModel,
+        tokens: torch.Tensor,
+        options: RoundingOptions,
+        work: WorkFolder,
+        quantize: Callable[..., list[QuantizedWeight]] = quantize_layers,
     ) -> None:
-        self.model, self.tokens, self.options, self.work = model, tokens, options, work
-        self.batches = list(tokens.split(max(1, _BATCH_TOKENS // tokens.shape[1])))
+        super().__init__(model, tokens)
+        self.options, self.work, self.quantize = options, work, quantize
 
-    def units(self, index: int) -> list[Unit]:
+    def chosen_units(self, index: int) -> list[Unit]:
         """Units of block `index`, which must be loaded, with the members to be quantized."""
-        probe = self.model.embed(self.tokens[:1, : min(16, self.tokens.shape[1])])
         kept = []
-        for unit in self.model.units(index, probe):
+        for unit in self.units(index):
             members = [
                 (name, rows)
                 for name, rows in zip(unit.members, unit.rows, strict=True)
@@ -147,11 +160,11 @@ class _Sweep:
         stored = self.work.read_tensors(_HIDDEN) or {}
         reached = {int(name.partition(".")[0]) for name in stored}
         start = reached.pop() if len(reached) == 1 else 0
-        count = len(self.batches)
+        count = len(self.tokens)
         if 0 < start <= index and len(stored) == count:
             hidden = [stored[f"{start}.{b}"].to(self.model.device) for b in range(count)]
         else:
-            start, hidden = 0, [self.model.embed(batch) for batch in self.batches]
+            start, hidden = 0, self.embed()
         for done in range(start, index):
             with self.model.loaded(done):
                 self.use(done, read_block(self.work, done))
@@ -164,20 +177,14 @@ class _Sweep:
         """Codes and scales of the layers of block `index`, which must be loaded, by name."""
         layers = dict(self.model.linears(index))
         gptq = self.options.method == "gptq"
-        hessians = self._hessians(index, units, hidden) if gptq else {}
-        return {
-            name: _quantize(layers[name].weight.data, hessians.get(unit.name), self.options, name)
+        hessians = self.hessians(index, units, hidden) if gptq else {}
+        given = [
+            (name, layers[name].weight.data, hessians.get(unit.name))
             for unit in units
             for name in unit.members
-        }
-
-    def forward(self, index: int, hidden: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """What block `index`, which must be loaded, makes of each batch."""
-        after = []
-        for batch, given in zip(self.batches, hidden, strict=True):
-            self.model.match(batch)
-            after.append(self.model.run(index, given))
-        return after
+        ]
+        found = self.quantize(given, self.options)
+        return {name: weight for (name, _, _), weight in zip(given, found, strict=True)}
 
     def use(self, index: int, weights: Mapping[str, QuantizedWeight]) -> None:
         """Put weights of the prefix's width into the layers of block `index`."""
@@ -186,21 +193,6 @@ class _Sweep:
         width = width_at_least(layout.widths, PREFIX_BITS)
         for name, weight in weights.items():
             layers[name].weight.data = weight.dequantize(layout, width).to(self.model.device)
-
-    def _hessians(
-        self, index: int, units: Sequence[Unit], hidden: Sequence[torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        """Mean of x xᵀ over all tokens, fp32 [K, K] of each unit by name."""
-        device = self.model.device
-        hessians = {u.name: torch.zeros(u.columns, u.columns, device=device) for u in units}
-        seen = dict.fromkeys(hessians, 0)
-
-        def note(unit: Unit, inputs: torch.Tensor) -> None:
-            seen[unit.name] = accumulate_hessian(hessians[unit.name], inputs, seen[unit.name])
-
-        with self.model.watching(index, units, note):
-            self.forward(index, hidden)
-        return hessians
 
 
 def _quantize(

@@ -23,6 +23,10 @@ from vllm_flexquant.quantize.evaluate import NestedModel, mean_and_error
 _BATCH_TOKENS = 1024
 
 
+Terms = dict[tuple[str, int], torch.Tensor]
+"""By unit and width: the estimate's term of each token in nats, fp32 [tokens]."""
+
+
 @dataclass(frozen=True)
 class Cost:
     """KL in nats per token with its standard error over tokens."""
@@ -43,21 +47,43 @@ def estimate(
         tokens: int64 [sequences, length], held-back text.
         seed: of the tokens that are drawn from the model.
     """
+    return summarize([per_token(nested, list(enumerate(cut(tokens), seed)), advance)])
+
+
+def cut(tokens: torch.Tensor) -> list[torch.Tensor]:
+    """Batches of `tokens` [sequences, length] whose terms do not depend on each other."""
+    return list(tokens.split(max(1, _BATCH_TOKENS // tokens.shape[1])))
+
+
+def per_token(
+    nested: NestedModel,
+    seeded: Sequence[tuple[int, torch.Tensor]],
+    advance: Callable[[int], None] | None = None,
+) -> Terms:
+    """The estimate's terms for batches of `cut`, each with the seed of what is drawn for it."""
     model = nested.model
-    batches = list(tokens.split(max(1, _BATCH_TOKENS // tokens.shape[1])))
+    batches = [batch for _, batch in seeded]
     given = _forward(model, batches)
-    generator = torch.Generator(model.device).manual_seed(seed)
     gradients = [
-        _output_gradient(model, batch, hidden, generator)
-        for batch, hidden in zip(batches, given.pop(), strict=True)
+        _output_gradient(model, batch, hidden, torch.Generator(model.device).manual_seed(seed))
+        for (seed, batch), hidden in zip(seeded, given.pop(), strict=True)
     ]
-    costs: dict[str, dict[int, Cost]] = {}
+    terms: Terms = {}
     for index in reversed(range(len(model))):
         with model.loaded(index):
-            found, gradients = _block_costs(nested, index, batches, given.pop(), gradients)
-        costs |= found
+            found, gradients = _block_terms(nested, index, batches, given.pop(), gradients)
+        terms |= found
         if advance:
             advance(len(model) - index)
+    return terms
+
+
+def summarize(parts: Sequence[Terms]) -> dict[str, dict[int, Cost]]:
+    """Costs by unit and width, from the terms of all batches in their order."""
+    costs: dict[str, dict[int, Cost]] = {}
+    for name, width in parts[0]:
+        values = torch.cat([part[name, width] for part in parts])
+        costs.setdefault(name, {})[width] = Cost(*mean_and_error(values))
     return costs
 
 
@@ -97,14 +123,14 @@ def _output_gradient(
     return gradient
 
 
-def _block_costs(
+def _block_terms(
     nested: NestedModel,
     index: int,
     batches: Sequence[torch.Tensor],
     given: Sequence[torch.Tensor],
     gradients: Sequence[torch.Tensor],
-) -> tuple[dict[str, dict[int, Cost]], list[torch.Tensor]]:
-    """Costs of a block's units, and the gradients by what the block is given."""
+) -> tuple[Terms, list[torch.Tensor]]:
+    """Terms of a block's units, and the gradients by what the block is given."""
     model, units = nested.model, nested.units[index]
     layers = dict(model.linears(index))
     changes = _changes(nested, index, layers)
@@ -137,10 +163,7 @@ def _block_costs(
                     assert isinstance(moved, torch.Tensor)
                     half = moved.square().flatten() / 2
                     values.setdefault((unit.name, width), []).append(half.cpu())
-    costs: dict[str, dict[int, Cost]] = {}
-    for (name, width), parts in values.items():
-        costs.setdefault(name, {})[width] = Cost(*mean_and_error(torch.cat(parts)))
-    return costs, before
+    return {key: torch.cat(parts) for key, parts in values.items()}, before
 
 
 def _keep(

@@ -34,7 +34,7 @@ class WorkFolder:
 
     def __init__(self, out: Path, facts: Mapping[str, Any], resume: bool) -> None:
         self.path = out.parent / f".{out.name}.partial"
-        run = self.path / _RUN
+        run = self.facts_file = self.path / _RUN
         if run.exists():
             before = json.loads(run.read_text())
             now = json.loads(json.dumps(dict(facts)))
