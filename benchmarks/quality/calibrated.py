@@ -2,46 +2,46 @@
 """What calibration is worth: KL of the calibrated checkpoint at each width, beside other ways.
 
     python -m benchmarks.quality.calibrated --model FOLDER --checkpoint FOLDER [--text FILE]
-        [--tokens N] [--plot]
+        [--tokens N] [--dedicated FOLDER]
 
 Plain transformers in fp32, block by block, with fp32 activations: what the weights alone cost.
 Compared on text that was not calibrated on: the calibrated checkpoint at its uniform widths and
 along its ladder, nested round to nearest, and round to nearest with a grid for one width alone
 (*dedicated*). Reference: the checkpoint as given (for the demo's model, the dequantized GGUF).
+
+--dedicated, once for each width, names what `dedicated_gptq.py` has left: an outside tool's weights
+are compared with ours at that width in the blocks, the output layer being left as it is.
+
+Also what is stored: the checkpoint, a static one of 8 bits, and a static one for each level.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich import box
 from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
-from safetensors import safe_open
 
-from benchmarks.provenance import ROOT, provenance, write_json
-from flexquant_kernels.pack import unpack_planes
-from vllm_flexquant.format.checkpoint import (
-    OUTPUT_LAYER,
-    OutputLayer,
-    StoredConfig,
-    read_sidecar,
-    tensor_names,
-    validate_checkpoint,
-)
+from benchmarks.provenance import ROOT, hash_model, provenance, write_json
+from benchmarks.quality.dedicated_gptq import Dedicated
+from vllm_flexquant.format.checkpoint import OUTPUT_LAYER, OutputLayer, read_sidecar
 from vllm_flexquant.format.layout import PARENT_BITS, PlaneLayout, choose_group_size
 from vllm_flexquant.format.record import CalibrationRecord, read_calibration
+from vllm_flexquant.format.saved import SavedCheckpoint
 from vllm_flexquant.quantize import evaluate
 from vllm_flexquant.quantize.blocks import BlockModel, Unit
 from vllm_flexquant.quantize.calibration import load_tokenizer
-from vllm_flexquant.quantize.rtn import QuantizedWeight, quantize_rtn
+from vllm_flexquant.quantize.pipeline import unquantized_bytes
+from vllm_flexquant.quantize.plots import write_plots
+from vllm_flexquant.quantize.rtn import quantize_rtn
+from vllm_flexquant.quantize.rungs import Sizes
 
 TEXT = ROOT / "benchmarks" / "data" / "text.txt"
 RESULTS = ROOT / "benchmarks" / "results"
@@ -51,60 +51,86 @@ MEAN_BITS = 5.0
 
 TARGETS = (
     ("4 bit over nested round to nearest", "calibrated 4", "nested to nearest 4", 0.6),
+    ("3 bit over nested round to nearest", "calibrated 3", "nested to nearest 3", 1.0),
     ("6 bit over dedicated round to nearest", "calibrated 6", "dedicated to nearest 6", 1.1),
     ("8 bit over dedicated round to nearest", "calibrated 8", "dedicated to nearest 8", 1.1),
 )
 
-Source = Callable[[str, torch.Tensor, int], QuantizedWeight]
-"""Name, weight and group size of a layer to codes and scales."""
+DEDICATED_BOUND = 1.05
+"""Most that KL at a width may be over that of an outside tool's GPTQ for the width alone."""
+
+STORED_BOUND = 1.08
+"""Most that a checkpoint may take of a static one of 8 bits with the same groups."""
+
+BLOCKS_ONLY = "blocks only"
+
+Source = Callable[[str, torch.Tensor, int], evaluate.Weight]
+"""Name, weight and group size of a layer to what it is at each width."""
 
 
-class StoredCheckpoint:
-    """Codes and scales of a saved checkpoint."""
+class Dense(NamedTuple):
+    """A weight [N, K] that is the same at every width."""
+
+    weight: torch.Tensor
+
+    def dequantize(self, layout: PlaneLayout, width: int) -> torch.Tensor:
+        return self.weight
+
+
+class _Stored(NamedTuple):
+    """A layer of a checkpoint, read when it is wanted."""
+
+    checkpoint: SavedCheckpoint
+    name: str
+
+    def dequantize(self, layout: PlaneLayout, width: int) -> torch.Tensor:
+        return self.checkpoint.dequantize(self.name, width)
+
+
+class StoredCheckpoint(SavedCheckpoint):
+    """A saved checkpoint that was calibrated.
+
+    Raises:
+        SystemExit: it was not.
+    """
 
     def __init__(self, folder: Path) -> None:
-        validate_checkpoint(folder)
-        config = json.loads((folder / "config.json").read_text())["quantization_config"]
-        self.config = StoredConfig.read(config)
-        self.layout = PlaneLayout.parse(self.config.layout)
-        self.files = {}
-        for file in sorted(folder.glob("*.safetensors")):
-            with safe_open(file, framework="pt") as reader:
-                self.files.update(dict.fromkeys(reader.keys(), file))
+        super().__init__(folder)
         record = read_calibration(read_sidecar(folder))
         if record is None or record.ladder is None:
             raise SystemExit(f"{folder} is not calibrated; quantize the model with calibration")
         self.record: CalibrationRecord = record
 
-    def layer(self, name: str, weight: torch.Tensor, group_size: int) -> QuantizedWeight:
+    def layer(self, name: str, weight: torch.Tensor, group_size: int) -> evaluate.Weight:
         """As stored; a tied output layer is rounded from the embedding, as the engine does."""
-        if name == OUTPUT_LAYER and self.config.output_layer is OutputLayer.TIED:
+        if name == OUTPUT_LAYER and self.stored.output_layer is OutputLayer.TIED:
             return quantize_rtn(weight, self.layout, group_size)
-        *planes, scales = (self._read(n) for n in tensor_names(name, len(self.layout.planes)))
-        codes = unpack_planes(planes, self.layout.planes, PARENT_BITS, weight.shape[1])
-        return QuantizedWeight(codes, scales)
-
-    def _read(self, name: str) -> torch.Tensor:
-        with safe_open(self.files[name], framework="pt") as reader:
-            return reader.get_tensor(name)
+        return _Stored(self, name)
 
 
-def dedicated(layout: PlaneLayout, width: int) -> Source:
+def nested(layout: PlaneLayout) -> Source:
+    """Round to nearest, all widths in one code."""
+    return lambda name, weight, group_size: quantize_rtn(weight, layout, group_size, name=name)
+
+
+def dedicated(width: int) -> Source:
     """Round to nearest on a grid of `width` bits from the smallest to the largest of a group."""
 
-    def quantize(_: str, weight: torch.Tensor, group_size: int) -> QuantizedWeight:
+    def quantize(_: str, weight: torch.Tensor, group_size: int) -> evaluate.Weight:
         groups = weight.float().unflatten(1, (-1, group_size))
         lowest, highest = groups.amin(-1), groups.amax(-1)
-        offset = lowest.half()
+        offset = lowest.half().float().unsqueeze(-1)
         top = (1 << width) - 1
-        scale = ((highest - offset.float()) / top).clamp_min(2.0**-24).half()
-        codes = (groups - offset.float().unsqueeze(-1)) / scale.float().unsqueeze(-1)
-        codes = codes.round_().clamp_(0, top).flatten(1).to(torch.uint8)
-        pair = torch.stack((scale, offset), dim=-1)
-        scales = pair.unsqueeze(2).expand(-1, -1, len(layout.widths), -1)
-        return QuantizedWeight(codes << (PARENT_BITS - width), scales)
+        scale = ((highest.unsqueeze(-1) - offset) / top).clamp_min(2.0**-24).half().float()
+        codes = ((groups - offset) / scale).round_().clamp_(0, top)
+        return Dense((codes * scale + offset).flatten(1))
 
     return quantize
+
+
+def given(folder: Dedicated) -> Source:
+    """Weights from a folder."""
+    return lambda name, weight, _: Dense(folder.weight(name, weight.shape))
 
 
 class Comparison:
@@ -130,6 +156,10 @@ class Comparison:
             )
         self.names = [unit.name for unit in checkpoint.record.units]
 
+    def uniform(self, width: int, blocks_only: bool = False) -> dict[str, int]:
+        """All units at a width, or all but the output layer."""
+        return {n: width for n in self.names if not (blocks_only and n == OUTPUT_LAYER)}
+
     def kl(
         self,
         source: Source,
@@ -150,16 +180,19 @@ class Comparison:
             self.model, self.blocks, self.layout, partial(self._read, source)
         )
 
-    def _read(self, source: Source, index: int) -> dict[str, QuantizedWeight]:
+    def _read(self, source: Source, index: int) -> dict[str, evaluate.Weight]:
         if index == evaluate.OUTPUT_INDEX:
             layers = [(OUTPUT_LAYER, self.model.model.get_output_embeddings())]
+            quantized = {OUTPUT_LAYER}
         else:
             layers = self.model.linears(index)
+            quantized = {name for unit in self.blocks[index] for name in unit.members}
         stored = {}
         for name, layer in layers:
-            group_size = choose_group_size(layer.in_features, self.checkpoint.config.group_size)
-            if group_size is not None:
-                stored[name] = source(name, layer.weight.data, group_size)
+            if name in quantized:
+                size = choose_group_size(layer.in_features, self.checkpoint.stored.group_size)
+                assert size is not None, "or it had not been quantized"
+                stored[name] = source(name, layer.weight.data, size)
         return stored
 
 
@@ -175,55 +208,148 @@ def mix(kl: Mapping[int, float], bits: float) -> float:
     return (1 - share) * kl[low] + share * kl[high]
 
 
-def measure(comparison: Comparison, rungs: int, progress: Progress) -> dict[str, Any]:
+def measure(
+    comparison: Comparison, rungs: int, folders: Sequence[Dedicated], progress: Progress
+) -> dict[str, Any]:
     """KL and standard error of everything compared, and the figures to reach."""
     record, layout = comparison.checkpoint.record, comparison.layout
     assert record.ladder is not None
-    uniform = [dict.fromkeys(comparison.names, w) for w in layout.widths]
+    widths = sorted(record.uniform_kl)
+    alone = [folder.width for folder in folders]
+    uniform = [comparison.uniform(w) for w in widths]
+    blocks_only = [comparison.uniform(w, blocks_only=True) for w in alone]
     count = len(record.ladder.rungs) - 1
     bits = [rung.mean_bits for rung in record.ladder.rungs]
     at_mean = min(range(len(bits)), key=lambda i: abs(bits[i] - MEAN_BITS))
     picked = sorted({at_mean, *(i * count // max(rungs - 1, 1) for i in range(rungs))})
     results: dict[str, Any] = {}
 
-    def take(name: str, values: torch.Tensor, **facts: Any) -> None:
+    def take(name: str, values: torch.Tensor, width: float, **facts: Any) -> None:
         kl, error = evaluate.mean_and_error(values)
-        results[name] = {"kl_nats": kl, "standard_error": error} | facts
+        results[name] = {"mean_bits": width, "kl_nats": kl, "standard_error": error} | facts
 
-    choices = [*uniform, *(record.widths_after(i) for i in picked)]
-    found = comparison.kl(comparison.checkpoint.layer, choices, progress, "calibrated")
-    for width, values in zip(layout.widths, found, strict=False):
-        take(f"calibrated {width}", values, mean_bits=width)
-    for steps, values in zip(picked, found[len(uniform) :], strict=True):
-        take(f"level {count - steps}", values, mean_bits=bits[steps])
+    def compare(kind: str, source: Source, levels: Sequence[int]) -> None:
+        choices = [*uniform, *blocks_only, *(record.widths_after(i) for i in levels)]
+        found = iter(comparison.kl(source, choices, progress, kind))
+        for width in widths:
+            take(f"{kind} {width}", next(found), width)
+        for width in alone:
+            take(f"{kind} {width}, {BLOCKS_ONLY}", next(found), width, blocks_only=True)
+        for steps in levels:
+            take(f"level {count - steps}", next(found), bits[steps])
 
-    def nearest(name: str, weight: torch.Tensor, group_size: int) -> QuantizedWeight:
-        return quantize_rtn(weight, layout, group_size, name=name)
+    compare("calibrated", comparison.checkpoint.layer, picked)
+    compare("nested to nearest", nested(layout), [])
+    for width in widths:
+        choices = [comparison.uniform(width)]
+        if width in alone:
+            choices.append(comparison.uniform(width, blocks_only=True))
+        kind = f"dedicated to nearest {width}"
+        whole, *blocks = comparison.kl(dedicated(width), choices, progress, kind)
+        take(kind, whole, width)
+        for values in blocks:
+            take(f"{kind}, {BLOCKS_ONLY}", values, width, blocks_only=True)
+    for folder, choice in zip(folders, blocks_only, strict=True):
+        (values,) = comparison.kl(given(folder), [choice], progress, folder.label)
+        take(folder.label, values, folder.width, blocks_only=True)
+    return {"entries": results, "targets": targets(results, record, at_mean, folders)}
 
-    for width, values in zip(
-        layout.widths, comparison.kl(nearest, uniform, progress, "nested, to nearest"), strict=True
-    ):
-        take(f"nested to nearest {width}", values, mean_bits=width)
-    for width, choice in zip(layout.widths, uniform, strict=True):
-        (values,) = comparison.kl(
-            dedicated(layout, width), [choice], progress, f"dedicated {width}, to nearest"
-        )
-        take(f"dedicated to nearest {width}", values, mean_bits=width)
-    ladder = results[f"level {count - at_mean}"]["kl_nats"]
-    plain = mix({w: results[f"calibrated {w}"]["kl_nats"] for w in layout.widths}, MEAN_BITS)
-    targets = [
-        {"target": name, "value": results[a]["kl_nats"] / results[b]["kl_nats"], "bound": bound}
-        for name, a, b, bound in TARGETS
-        if a in results and b in results
-    ]
-    targets.append(
+
+def targets(
+    results: Mapping[str, Mapping[str, Any]],
+    record: CalibrationRecord,
+    at_mean: int,
+    folders: Sequence[Dedicated],
+) -> list[dict[str, Any]]:
+    """The figures to reach, with what was found; `at_mean` is the level compared with a mix."""
+    assert record.ladder is not None
+
+    def ratio(name: str, above: str, below: str, bound: float) -> dict[str, Any]:
+        value = results[above]["kl_nats"] / results[below]["kl_nats"]
+        return {"target": name, "value": value, "bound": bound}
+
+    found = [ratio(*row) for row in TARGETS if row[1] in results and row[2] in results]
+    for folder in folders:
+        name = f"{folder.width} bit over {folder.label}, {BLOCKS_ONLY}"
+        above = f"calibrated {folder.width}, {BLOCKS_ONLY}"
+        found.append(ratio(name, above, folder.label, DEDICATED_BOUND))
+    rung = record.ladder.rungs[at_mean]
+    level = f"level {len(record.ladder.rungs) - 1 - at_mean}"
+    uniform = {w: results[f"calibrated {w}"]["kl_nats"] for w in record.uniform_kl}
+    found.append(
         {
-            "target": f"ladder at {bits[at_mean]:.2f} mean bits over uniform widths mixed",
-            "value": ladder / plain,
+            "target": f"ladder at {rung.mean_bits:.2f} mean bits over uniform widths mixed",
+            "value": results[level]["kl_nats"] / mix(uniform, rung.mean_bits),
             "bound": 0.7,
         }
     )
-    return {"entries": results, "targets": targets}
+    return found
+
+
+def storage(comparison: Comparison, model: Path) -> dict[str, Any]:
+    """Bytes of the checkpoint and of static ones with the same groups, a scale and an offset each.
+
+    static_channelwise_bytes: 8 bits with one scale per output and no offset. A tied output layer is
+    counted with the embedding, once.
+    """
+    checkpoint, record = comparison.checkpoint, comparison.checkpoint.record
+    assert record.ladder is not None
+    units = [unit for block in comparison.blocks for unit in block]
+    chosen = {name for unit in units for name in unit.members}
+    if checkpoint.stored.output_layer is OutputLayer.PLANES:
+        rows, columns = checkpoint.modules[OUTPUT_LAYER]
+        units.append(Unit((OUTPUT_LAYER,), (rows,), columns))
+        chosen.add(OUTPUT_LAYER)
+    other = unquantized_bytes(model, chosen)
+    sizes = Sizes(units, checkpoint.stored.group_size, checkpoint.layout.widths, other=other)
+
+    def static(widths: Mapping[str, int]) -> int:
+        return other + sizes.read({unit.name: widths[unit.name] for unit in units})
+
+    stored = sum(file.stat().st_size for file in checkpoint.folder.glob("*.safetensors"))
+    eight = static(comparison.uniform(PARENT_BITS))
+    levels = [static(record.widths_after(n)) for n in range(len(record.ladder.rungs))]
+    rows = sum(n for unit in units for n in unit.rows)
+    return {
+        "checkpoint_bytes": stored,
+        "static_8_bit_bytes": eight,
+        "static_channelwise_bytes": other + sum(unit.weights for unit in units) + 2 * rows,
+        "static_per_level_bytes": sum(levels),
+        "levels": len(levels),
+        "over_static_8_bit": stored / eight,
+        "per_level_over_checkpoint": sum(levels) / stored,
+        "per_uniform_width_over_checkpoint": sum(
+            static(comparison.uniform(w)) for w in record.uniform_kl
+        )
+        / stored,
+    }
+
+
+def read_dedicated(
+    folders: Sequence[Path], model: Path, checkpoint: StoredCheckpoint
+) -> list[Dedicated]:
+    """Folders of `dedicated_gptq.py`, for widths of the checkpoint.
+
+    Raises:
+        SystemExit: made from another model, text or group size, of a width that the checkpoint
+            lacks, or two of one width.
+    """
+    found = [Dedicated.read(folder) for folder in folders]
+    hashes = hash_model(model) if found else {}
+    for entry in found:
+        entry.check(
+            model_sha256=hashes,
+            text_sha256=checkpoint.record.text["sha256"],
+            group_size=checkpoint.stored.group_size,
+        )
+        if entry.width not in checkpoint.layout.widths:
+            raise SystemExit(
+                f"{entry.folder} is of {entry.width} bits, and the checkpoint has "
+                f"{', '.join(map(str, checkpoint.layout.widths))}; make one of these"
+            )
+    if len({entry.label for entry in found}) < len(found):
+        raise SystemExit("--dedicated names two checkpoints of one kind; give one for each width")
+    return found
 
 
 def show(results: dict[str, Any], console: Console) -> None:
@@ -239,6 +365,15 @@ def show(results: dict[str, Any], console: Console) -> None:
             f"{entry['standard_error']:.5f}",
         )
     console.print(table)
+    kept = results["storage"]
+    console.print(
+        f"{kept['checkpoint_bytes'] / 1e6:.1f} MB stored, a static checkpoint of 8 bits "
+        f"{kept['static_8_bit_bytes'] / 1e6:.1f} (one scale per output "
+        f"{kept['static_channelwise_bytes'] / 1e6:.1f}); one for each of {kept['levels']} levels "
+        f"{kept['per_level_over_checkpoint']:.0f} times as much, for each uniform width "
+        f"{kept['per_uniform_width_over_checkpoint']:.2f}",
+        highlight=False,
+    )
     for target in results["targets"]:
         met = "met" if target["value"] <= target["bound"] else "NOT MET"
         console.print(
@@ -265,7 +400,7 @@ def plot(results: dict[str, Any], file: Path) -> None:
         points = sorted(
             (e["mean_bits"], e["kl_nats"])
             for n, e in results["entries"].items()
-            if n.startswith(kind)
+            if n.startswith(kind) and "blocks_only" not in e
         )
         axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
     axes.set(yscale="log", xlabel="mean bits", ylabel="KL, nats per token")
@@ -282,6 +417,14 @@ def main() -> None:
     parser.add_argument("--text", type=Path, default=TEXT)
     parser.add_argument("--tokens", type=int, default=50_000)
     parser.add_argument("--rungs", type=int, default=9, help="levels of the ladder to measure")
+    parser.add_argument(
+        "--dedicated",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="what dedicated_gptq.py has left; once for each width",
+    )
     parser.add_argument("--out", type=Path, default=RESULTS / "calibrated.json")
     options = parser.parse_args()
     facts = provenance(options.model, options.text)
@@ -293,9 +436,18 @@ def main() -> None:
         raise SystemExit(f"{options.text} has {len(ids)} tokens; give at least {LENGTH}")
     tokens = torch.tensor(ids[: count * LENGTH]).reshape(count, LENGTH)
     checkpoint = StoredCheckpoint(options.checkpoint)
+    folders = read_dedicated(options.dedicated, options.model, checkpoint)
     with Progress() as progress:
         comparison = Comparison(BlockModel(options.model), tokens, checkpoint)
-        results = measure(comparison, options.rungs, progress)
+        results = measure(comparison, options.rungs, folders, progress)
+    results["storage"] = storage(comparison, options.model)
+    results["targets"].append(
+        {
+            "target": "bytes stored over a static checkpoint of 8 bits with the same groups",
+            "value": results["storage"]["over_static_8_bit"],
+            "bound": STORED_BOUND,
+        }
+    )
     made = read_sidecar(options.checkpoint)["provenance"]
     settings = {
         "tokens": tokens.numel(),
@@ -303,9 +455,13 @@ def main() -> None:
         # its command has paths of the machine that it was made on
         "checkpoint": {key: value for key, value in made.items() if key != "command"},
         "calibration_text": checkpoint.record.text,
+        "dedicated": [folder.facts for folder in folders],
     }
     write_json(options.out, {"settings": settings} | results, facts)
     plot(results, options.out.with_suffix(".png"))
+    for name in write_plots(options.out.parent, checkpoint.record):
+        made_plot = options.out.parent / name
+        made_plot.replace(made_plot.with_name(f"{options.out.stem}-{name}"))
     console = Console()
     show(results, console)
     console.print(f"written to {options.out}")

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
 from vllm_flexquant.format.checkpoint import OUTPUT_LAYER
 from vllm_flexquant.format.layout import PlaneLayout
 from vllm_flexquant.quantize.blocks import BlockModel, Unit
-from vllm_flexquant.quantize.rtn import QuantizedWeight
 
 Widths = Mapping[str, int]
 """Width of units by name; a unit that is absent keeps the weights of the checkpoint."""
@@ -30,18 +30,25 @@ _BATCH_TOKENS = 2048
 _LOGIT_TOKENS = 512
 
 
+class Weight(Protocol):
+    """A weight that can be had at every width of a layout (`QuantizedWeight`)."""
+
+    def dequantize(self, layout: PlaneLayout, width: int) -> torch.Tensor:
+        """fp32 [N, K] at `width` bits."""
+
+
 @dataclass(frozen=True)
 class NestedModel:
     """A model whose units can run at any width of their codes.
 
     units: of each block. read: called with a block's number or `OUTPUT_INDEX`, when the block is
-    used; returns codes and scales of its layers by name.
+    used; returns the weights of its layers by name.
     """
 
     model: BlockModel
     units: Sequence[Sequence[Unit]]
     layout: PlaneLayout
-    read: Callable[[int], Mapping[str, QuantizedWeight]]
+    read: Callable[[int], Mapping[str, Weight]]
 
 
 @dataclass
@@ -115,7 +122,7 @@ class Swap:
         self.nested, self.index = nested, index
         self.layers = dict(nested.model.linears(index))
         self.original = {n: layer._parameters["weight"] for n, layer in self.layers.items()}
-        self.stored: Mapping[str, QuantizedWeight] | None = None
+        self.stored: Mapping[str, Weight] | None = None
         self.made: dict[tuple[str, int], torch.nn.Parameter] = {}
 
     def use(self, widths: Sequence[int | None]) -> None:

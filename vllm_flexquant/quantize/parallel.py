@@ -160,7 +160,7 @@ class _Recipe:
     device: str
     units: Sequence[Sequence[Unit]]
     layout: PlaneLayout
-    read: Callable[[int], Mapping[str, QuantizedWeight]]
+    read: Callable[[int], Mapping[str, evaluate.Weight]]
 
     @classmethod
     def of(cls, nested: NestedModel) -> _Recipe:
