@@ -13,28 +13,29 @@ WORDS = [f"w{i}" for i in range(90)]
 
 
 @pytest.fixture(scope="session")
-def save_llama() -> Callable[..., None]:
-    """Writes a random Llama of 64 hidden units into a folder; keywords are of its config."""
+def save_model() -> Callable[..., None]:
+    """Writes a random model of 64 hidden units into a folder; keywords are of its config."""
 
-    def save(folder: Path, dtype: torch.dtype, **config: Any) -> None:
+    def save(folder: Path, dtype: torch.dtype, kind: str = "llama", **config: Any) -> None:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         small = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **small, **config))
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **small, **config))
         model.to(dtype).save_pretrained(folder)
 
     return save
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory, save_llama: Callable[..., None]) -> Path:
+def tiny_model(
+    tmp_path_factory: pytest.TempPathFactory,
+    save_model: Callable[..., None],
+    save_tokenizer: Callable[[Path], None],
+) -> Path:
     """Llama of 3 blocks, tied output layer, fp16, with a word-level tokenizer."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     folder = tmp_path_factory.mktemp("tiny")
-    save_llama(
+    save_model(
         folder,
         torch.float16,
         vocab_size=96,
@@ -43,13 +44,25 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, save_llama: Callable[..
         tie_word_embeddings=True,
         initializer_range=0.1,
     )
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def save_tokenizer() -> Callable[[Path], None]:
+    """Writes a word-level tokenizer into a folder."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     vocabulary = {"<unk>": 0, "<end>": 1} | {word: i + 2 for i, word in enumerate(WORDS)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<end>"
-    ).save_pretrained(folder)
-    return folder
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<end>")
+
+    def save(folder: Path) -> None:
+        made.save_pretrained(folder)
+
+    return save
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -185,6 +186,42 @@ def test_a_tied_output_layer_can_be_stored(tiny_model, settings, finished, tmp_p
         for r in (finished[1], record)
     )
     assert after[4][0] < 0.8 * before[4][0]
+
+
+SHAPE = {"vocab_size": 96, "intermediate_size": 128, "num_hidden_layers": 2}
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "first"),
+    [
+        ("phi3", {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}, ["qkv_proj"]),
+        ("gemma3_text", {"head_dim": 32}, ["q_proj", "k_proj", "v_proj"]),
+        ("olmo2", {}, ["q_proj", "k_proj", "v_proj"]),
+    ],
+)
+def test_other_architectures_and_the_least_text(
+    save_model, save_tokenizer, tiny_text, tmp_path, kind, config, first
+):
+    save_model(tmp_path / "model", torch.bfloat16, kind, **SHAPE, **config)
+    save_tokenizer(tmp_path / "model")
+    settings = CalibrationOptions(
+        text=str(tiny_text), sequences=6, length=32, measured_rungs=2, measured_units=2
+    )
+    record = calibrate_checkpoint(
+        tmp_path / "model", tmp_path / "out", FlexQuantOptions(), settings
+    )
+    assert [layer.rpartition(".")[2] for layer in record.units[0].layers] == first
+    assert record.uniform_kl[4][0] > record.uniform_kl[8][0]
+
+
+def test_experts_are_refused_with_the_remedy(save_model, save_tokenizer, tiny_text, tmp_path):
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 64}
+    folder = tmp_path / "model"
+    save_model(folder, torch.bfloat16, "qwen3_moe", head_dim=32, **SHAPE, **experts)
+    save_tokenizer(folder)
+    settings = CalibrationOptions(text=str(tiny_text), sequences=6, length=32)
+    with pytest.raises(ValueError, match=r"experts.*round it without calibration: --method rtn"):
+        calibrate_checkpoint(folder, tmp_path / "out", FlexQuantOptions(), settings)
 
 
 def test_inspect_prints_it(finished):

@@ -15,10 +15,10 @@ from vllm_flexquant.quantize.pipeline import quantize_checkpoint
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory, save_llama):
+def model(tmp_path_factory, save_model):
     """A tiny random Llama in bf16, output layer of its own."""
     folder = tmp_path_factory.mktemp("model")
-    save_llama(
+    save_model(
         folder,
         torch.bfloat16,
         vocab_size=100,

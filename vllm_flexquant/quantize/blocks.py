@@ -116,7 +116,11 @@ class BlockModel:
     def read(self, name: str) -> torch.Tensor:
         """One tensor of the checkpoint as stored."""
         if name not in self._files:
-            raise ValueError(f"{self.folder} lacks {name}; copy the checkpoint again")
+            raise ValueError(
+                f"{self.folder} lacks {name}; copy the checkpoint again, or, if its tensors have "
+                f"other names than {type(self.model).__name__} of transformers gives them (as "
+                "experts have), round it without calibration: --method rtn"
+            )
         with safe_open(self._files[name], framework="pt") as reader:
             return reader.get_tensor(name)
 

@@ -445,8 +445,10 @@ class _Run:
             with self.stage("probe") as report:
                 kl = self._divergence([low, high], lambda share: report(share * 0.7))
                 inputs = probe.inputs_of_blocks(self.nested, self.tokens.held_back, low, blocks)
-                sequences = torch.arange(len(self.tokens.held_back))
-                fitted = (sequences % 4 != 3).repeat_interleave(self.tokens.held_back.shape[1])
+                count, length = self.tokens.held_back.shape
+                judging = torch.arange(count) % 4 == 3
+                judging[-1] = True
+                fitted = ~judging.repeat_interleave(length)
                 found = probe.fit(inputs, kl[0], kl[1], fitted)
             best = found[0]
             names = {i: self.blocks[i][0].name for i in inputs}

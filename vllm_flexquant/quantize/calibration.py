@@ -107,7 +107,7 @@ def cut_tokens(
             f"give at least {LEAST_SEQUENCES * length} tokens"
         )
     rows = torch.tensor(ids[: count * length]).reshape(count, length)
-    wanted = min(count, -(-sequences * HELD_BACK // (HELD_BACK - 1)))
+    wanted = min(count, max(LEAST_SEQUENCES, -(-sequences * HELD_BACK // (HELD_BACK - 1))))
     rows = rows[torch.arange(wanted) * count // wanted]
     held = torch.arange(wanted) % HELD_BACK == HELD_BACK - 1
     return CalibrationTokens(rows[~held], rows[held])
