@@ -196,6 +196,21 @@ class Comparison:
         return stored
 
 
+def read_tokens(text: Path, model: Path, most: int) -> torch.Tensor:
+    """The first tokens of a text, int64 [sequences, LENGTH], `most` of them at the most.
+
+    Raises:
+        SystemExit: they do not fill one sequence.
+    """
+    tokenizer = load_tokenizer(model)
+    content = text.read_text(encoding="utf-8")
+    ids = tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"]
+    count = min(most, len(ids)) // LENGTH
+    if count == 0:
+        raise SystemExit(f"{text} has {len(ids)} tokens; give at least {LENGTH}")
+    return torch.tensor(ids[: count * LENGTH]).reshape(count, LENGTH)
+
+
 def _advance(progress: Progress, task: TaskID, done: int) -> None:
     progress.update(task, completed=done)
 
@@ -428,13 +443,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "calibrated.json")
     options = parser.parse_args()
     facts = provenance(options.model, options.text)
-    tokenizer = load_tokenizer(options.model)
-    text = options.text.read_text(encoding="utf-8")
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    count = min(options.tokens, len(ids)) // LENGTH
-    if count == 0:
-        raise SystemExit(f"{options.text} has {len(ids)} tokens; give at least {LENGTH}")
-    tokens = torch.tensor(ids[: count * LENGTH]).reshape(count, LENGTH)
+    tokens = read_tokens(options.text, options.model, options.tokens)
     checkpoint = StoredCheckpoint(options.checkpoint)
     folders = read_dedicated(options.dedicated, options.model, checkpoint)
     with Progress() as progress:

@@ -22,17 +22,14 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks.provenance import ROOT, provenance, write_json
+from benchmarks.provenance import provenance, write_json
+from benchmarks.quality.calibrated import LENGTH, RESULTS, TEXT, read_tokens
 from vllm_flexquant.format.compressed_tensors import unpack_int32
 from vllm_flexquant.format.saved import SavedCheckpoint
 from vllm_flexquant.quantize.blocks import BlockModel
-from vllm_flexquant.quantize.calibration import load_tokenizer
 from vllm_flexquant.quantize.evaluate import mean_and_error
 from vllm_flexquant.quantize.export import EXPORT_RECORD, SavedModel
 
-TEXT = ROOT / "benchmarks" / "data" / "text.txt"
-RESULTS = ROOT / "benchmarks" / "results"
-LENGTH = 512
 BATCH = 4
 
 
@@ -90,13 +87,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "exported.json")
     options = parser.parse_args()
     facts = provenance(options.model, options.text)
-    text = options.text.read_text(encoding="utf-8")
-    tokenizer = load_tokenizer(options.model)
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    count = min(options.tokens, len(ids)) // LENGTH
-    if count == 0:
-        raise SystemExit(f"{options.text} has {len(ids)} tokens; give at least {LENGTH}")
-    tokens = torch.tensor(ids[: count * LENGTH]).reshape(count, LENGTH)
+    tokens = read_tokens(options.text, options.model, options.tokens)
     saved = SavedCheckpoint(options.checkpoint)
     records = {}
     for folder in options.exported:

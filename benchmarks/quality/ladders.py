@@ -18,14 +18,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks.provenance import provenance, write_json
-from benchmarks.quality.calibrated import LENGTH, RESULTS, TEXT, Comparison, StoredCheckpoint
+from benchmarks.quality.calibrated import (
+    LENGTH,
+    RESULTS,
+    TEXT,
+    Comparison,
+    StoredCheckpoint,
+    read_tokens,
+)
 from vllm_flexquant.format.layout import PARENT_BITS
 from vllm_flexquant.quantize import search
 from vllm_flexquant.quantize.blocks import BlockModel
@@ -64,13 +70,7 @@ def main() -> None:
     options = parser.parse_args()
     facts = provenance(options.model, options.text)
     tokenizer = load_tokenizer(options.model)
-    ids = tokenizer(
-        options.text.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False
-    )["input_ids"]
-    count = min(options.tokens, len(ids)) // LENGTH
-    if count == 0:
-        raise SystemExit(f"{options.text} has {len(ids)} tokens; give at least {LENGTH}")
-    text = torch.tensor(ids[: count * LENGTH]).reshape(count, LENGTH)
+    text = read_tokens(options.text, options.model, options.tokens)
     calibration = cut_tokens(read_text(BUILT_IN), tokenizer, 96, LENGTH).held_back
     calibration = calibration[: max(1, options.search_tokens // LENGTH)]
     checkpoint = StoredCheckpoint(options.checkpoint)
