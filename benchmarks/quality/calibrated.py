@@ -226,48 +226,74 @@ def mix(kl: Mapping[int, float], bits: float) -> float:
 def measure(
     comparison: Comparison, rungs: int, folders: Sequence[Dedicated], progress: Progress
 ) -> dict[str, Any]:
-    """KL and standard error of everything compared, and the figures to reach."""
+    """KL and standard error of everything compared, and the figures to reach.
+
+    All of it in one sweep over the blocks, so that the reference is run once.
+    """
     record, layout = comparison.checkpoint.record, comparison.layout
     assert record.ladder is not None
-    widths = sorted(record.uniform_kl)
+    sources: list[Source] = []
+    choices: dict[str, dict[str, int]] = {}
+    facts: dict[str, dict[str, Any]] = {}
+
+    def add(name: str, source: Source, widths: Mapping[str, int], bits: float) -> None:
+        if source not in sources:
+            sources.append(source)
+        choices[name] = {n: _key(sources.index(source), w) for n, w in widths.items()}
+        facts[name] = {"mean_bits": bits}
+        if OUTPUT_LAYER in comparison.names and OUTPUT_LAYER not in widths:
+            facts[name]["blocks_only"] = True
+
     alone = [folder.width for folder in folders]
-    uniform = [comparison.uniform(w) for w in widths]
-    blocks_only = [comparison.uniform(w, blocks_only=True) for w in alone]
+    calibrated, nearest = comparison.checkpoint.layer, nested(layout)
+    for width in sorted(record.uniform_kl):
+        for kind, source in (
+            ("calibrated", calibrated),
+            ("nested to nearest", nearest),
+            ("dedicated to nearest", dedicated(width)),
+        ):
+            add(f"{kind} {width}", source, comparison.uniform(width), width)
+            if width in alone:
+                blocks = comparison.uniform(width, blocks_only=True)
+                add(f"{kind} {width}, {BLOCKS_ONLY}", source, blocks, width)
+    for folder in folders:
+        blocks = comparison.uniform(folder.width, blocks_only=True)
+        add(folder.label, given(folder), blocks, folder.width)
     count = len(record.ladder.rungs) - 1
     bits = [rung.mean_bits for rung in record.ladder.rungs]
     at_mean = min(range(len(bits)), key=lambda i: abs(bits[i] - MEAN_BITS))
-    picked = sorted({at_mean, *(i * count // max(rungs - 1, 1) for i in range(rungs))})
-    results: dict[str, Any] = {}
-
-    def take(name: str, values: torch.Tensor, width: float, **facts: Any) -> None:
+    for steps in sorted({at_mean, *(i * count // max(rungs - 1, 1) for i in range(rungs))}):
+        widths = record.widths_after(steps)
+        add(f"level {count - steps}", calibrated, widths, bits[steps])
+    found = comparison.kl(_any_of(sources), list(choices.values()), progress, "all")
+    results = {}
+    for name, values in zip(choices, found, strict=True):
         kl, error = evaluate.mean_and_error(values)
-        results[name] = {"mean_bits": width, "kl_nats": kl, "standard_error": error} | facts
-
-    def compare(kind: str, source: Source, levels: Sequence[int]) -> None:
-        choices = [*uniform, *blocks_only, *(record.widths_after(i) for i in levels)]
-        found = iter(comparison.kl(source, choices, progress, kind))
-        for width in widths:
-            take(f"{kind} {width}", next(found), width)
-        for width in alone:
-            take(f"{kind} {width}, {BLOCKS_ONLY}", next(found), width, blocks_only=True)
-        for steps in levels:
-            take(f"level {count - steps}", next(found), bits[steps])
-
-    compare("calibrated", comparison.checkpoint.layer, picked)
-    compare("nested to nearest", nested(layout), [])
-    for width in widths:
-        choices = [comparison.uniform(width)]
-        if width in alone:
-            choices.append(comparison.uniform(width, blocks_only=True))
-        kind = f"dedicated to nearest {width}"
-        whole, *blocks = comparison.kl(dedicated(width), choices, progress, kind)
-        take(kind, whole, width)
-        for values in blocks:
-            take(f"{kind}, {BLOCKS_ONLY}", values, width, blocks_only=True)
-    for folder, choice in zip(folders, blocks_only, strict=True):
-        (values,) = comparison.kl(given(folder), [choice], progress, folder.label)
-        take(folder.label, values, folder.width, blocks_only=True)
+        results[name] = facts[name] | {"kl_nats": kl, "standard_error": error}
     return {"entries": results, "targets": targets(results, record, at_mean, folders)}
+
+
+_MOST_BITS = 16
+
+
+def _key(source: int, width: int) -> int:
+    """Stands for a width where several sources are swept together."""
+    return source * _MOST_BITS + width
+
+
+class _Any(NamedTuple):
+    """A layer as any of some sources has it, by `_key`."""
+
+    sources: Sequence[Source]
+    layer: tuple[str, torch.Tensor, int]
+
+    def dequantize(self, layout: PlaneLayout, width: int) -> torch.Tensor:
+        source, bits = divmod(width, _MOST_BITS)
+        return self.sources[source](*self.layer).dequantize(layout, bits)
+
+
+def _any_of(sources: Sequence[Source]) -> Source:
+    return lambda *layer: _Any(sources, layer)
 
 
 def targets(

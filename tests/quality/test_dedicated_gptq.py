@@ -28,25 +28,8 @@ TOOL = {"tool": "some-tool", "versions": {"some-tool": "1.2"}}
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """Llama of 3 blocks, tied output layer."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    folder = tmp_path_factory.mktemp("tiny")
-    config = AutoConfig.for_model(
-        "llama",
-        vocab_size=96,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        tie_word_embeddings=True,
-        initializer_range=0.1,
-    )
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    return BlockModel(folder)
+def model(tiny_model):
+    return BlockModel(tiny_model)
 
 
 @pytest.fixture(scope="module")
