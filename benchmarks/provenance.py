@@ -58,11 +58,12 @@ def command_line(arguments: Sequence[str]) -> str:
     """Arguments as one would type them in the repository; of other folders only the last name."""
 
     def shorten(argument: str) -> str:
-        path = Path(argument)
+        name, equals, value = argument.rpartition("=")  # as in --text code=FILE
+        path = Path(value)
         if not path.is_absolute():
             return argument
         inside = path.is_relative_to(ROOT)
-        return str(path.relative_to(ROOT)) if inside else f".../{path.name}"
+        return name + equals + (str(path.relative_to(ROOT)) if inside else f".../{path.name}")
 
     return shlex.join(map(shorten, arguments))
 

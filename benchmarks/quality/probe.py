@@ -131,9 +131,9 @@ def main() -> None:
         }
     write_json(options.out, {"target": TARGET, "texts": results}, facts)
     table = Table(box=box.SIMPLE_HEAD)
-    headings = ("", "tokens", "KL static mix", "KL policy", "ratio", "bits, mix", "bits, level", "")
+    headings = ("KL nats", "tokens", "mix", "policy", "ratio", "bits/mix", "bits/level", "")
     for heading in headings:
-        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+        table.add_column(heading, justify="left" if heading == "KL nats" else "right")
     for name, entry in results.items():
         table.add_row(
             name,

@@ -26,8 +26,8 @@ def test_facts_are_plain_values(tmp_path):
 def test_command_names_no_folder_of_this_machine():
     inside = str(provenance.ROOT / "demo" / "out")
     words = ["python", "-m", "demo.run", "--out", inside, "--model", "/a/b c/model"]
-    line = provenance.command_line(words)
-    assert line == "python -m demo.run --out demo/out --model .../model"
+    line = provenance.command_line([*words, "code=/x/y.txt"])
+    assert line == "python -m demo.run --out demo/out --model .../model code=.../y.txt"
 
 
 def test_git_state(tmp_path):
