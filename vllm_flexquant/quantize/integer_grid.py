@@ -21,7 +21,7 @@ in."""
 _CHUNK_ELEMENTS = 1 << 18
 """Weights whose grid is searched at a time."""
 
-_SHRINK = (1.0, 0.92, 0.84, 0.76, 0.68)
+_SHRINK = tuple(1.0 - 0.05 * i for i in range(7))
 """Shares of a group's range that the grid is tried on."""
 
 _SYSTEM_ELEMENTS = 1 << 24
