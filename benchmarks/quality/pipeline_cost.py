@@ -28,7 +28,12 @@ from rich.table import Table
 from benchmarks.provenance import provenance, write_json
 from benchmarks.quality.calibrated import RESULTS
 from vllm_flexquant.format.checkpoint import StoredConfig, read_sidecar
-from vllm_flexquant.quantize.calibrate import ESTIMATE_SHARE, RUNG_SHARE, SAMPLE_SHARE
+from vllm_flexquant.quantize.calibrate import (
+    ESTIMATE_SHARE,
+    PROBE_FIT_SHARE,
+    RUNG_SHARE,
+    SAMPLE_SHARE,
+)
 from vllm_flexquant.quantize.gptq import GptqSettings
 
 FIT, HELD_BACK = 96 * 512, 32 * 512
@@ -117,7 +122,7 @@ def operations(shape: Shape, widths: int) -> dict[str, float]:
         "sensitivity, estimated": estimate,
         "sensitivity, measured": measured,
         "ladder, measured": rungs,
-        "probe": HELD_BACK * (3 * (forward + logits) + forward / 3),
+        "probe": (HELD_BACK + FIT * PROBE_FIT_SHARE) * (3 * (forward + logits) + forward / 3),
     }
 
 

@@ -60,7 +60,7 @@ def scores(comparison: Comparison, stored: ProbeRecord, low: dict[str, int]) -> 
     block = next(
         i for i, units in enumerate(nested.units) if stored.layer in [u.name for u in units]
     )
-    inputs = probe.inputs_of_blocks(nested, comparison.tokens, low, [block])[block]
+    [(_, inputs)] = probe.inputs_of_blocks(nested, comparison.tokens, low, [block])
     return torch.exp(inputs @ torch.tensor(stored.weight) + stored.bias)
 
 
@@ -68,8 +68,8 @@ def measure(comparison: Comparison, progress: Progress, name: str) -> dict[str, 
     """Figures of one text."""
     record = comparison.checkpoint.record
     assert record.ladder is not None
-    if record.probe is None:
-        raise SystemExit("the checkpoint has no probe; quantize the model again")
+    if record.probe is None or record.probe.levels is None:
+        raise SystemExit("the checkpoint has no probe, or was pruned; quantize the model again")
     top = len(record.ladder.rungs) - 1
     ends = [top - level for level in record.probe.levels]  # in steps down the ladder
     steps = [round(ends[0] + (ends[1] - ends[0]) * i / (_BETWEEN - 1)) for i in range(_BETWEEN)]

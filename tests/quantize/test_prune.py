@@ -87,13 +87,15 @@ def test_pruned_twice_is_pruned_once(calibrated, tmp_path):
     assert all((a[name] == b[name]).all() for name in a)
 
 
-def test_a_probe_of_a_level_that_is_gone_is_dropped(calibrated):
+def test_the_rest_of_the_record_stays(calibrated):
     _, record = calibrated
-    bits = {r.steps: r.mean_bits for r in record.ladder.rungs}
-    top = len(bits) - 1
-    upper = bits[top - record.probe.levels[1]]
-    assert prune_record(record, upper).probe == record.probe
-    assert prune_record(record, upper - 0.5).probe is None
+    timed = record.ladder.model_copy(update={"cost": "times.json at 4 rows"})
+    pruned = prune_record(record.model_copy(update={"ladder": timed}), 6.0)
+    assert pruned.ladder.cost == timed.cost
+    # the score is relative; the two levels that it was judged by are not both there any more
+    assert pruned.probe == record.probe.model_copy(update={"levels": None})
+    within = record.probe.model_copy(update={"levels": (0, 1)})
+    assert prune_record(record.model_copy(update={"probe": within}), 6.0).probe == within
 
 
 def test_widths_to_keep(tiny_model, tiny_text, tmp_path):

@@ -132,9 +132,11 @@ def describe(record: CalibrationRecord) -> Iterator[str]:
             f"over {len(checked['pairs'])} pairs"
         )
     if record.probe:
+        levels = record.probe.levels
+        at = f"at levels {levels[0]} and {levels[1]}" if levels else "before pruning"
         yield (
             f"probe: at {record.probe.layer}, KL {record.probe.relative_kl:.2f} of a random half's "
-            f"at levels {record.probe.levels[0]} and {record.probe.levels[1]}"
+            f"{at}"
         )
     yield f"{len(record.units)} units, {total / 1e6:.1f} M weights"
 

@@ -84,13 +84,14 @@ class ProbeRecord(_Part):
 
     relative_kl: KL when the half of the tokens that scores lowest runs at level `levels[0]` and the
     rest at `levels[1]`, over that of a random half; correlation: Spearman's, of score and KL; both
-    on text that the probe was not fitted to. candidates: relative_kl of every layer tried.
+    on text that the probe was not fitted to. candidates: relative_kl of every layer tried. levels:
+    None once a checkpoint has been pruned and has not both of them any more.
     """
 
     layer: str
     weight: tuple[float, ...]
     bias: float
-    levels: tuple[int, int]
+    levels: tuple[int, int] | None
     relative_kl: float
     correlation: float
     candidates: dict[str, float] = {}

@@ -67,11 +67,14 @@ Search = Literal["greedy", "tree"]
 
 ESTIMATE_SHARE, SAMPLE_SHARE, RUNG_SHARE = 0.5, 0.25, 0.5
 """Share of the held-back sequences on which sensitivities are estimated, a sample of them measured,
-and rungs measured: what is measured for many choices makes do with less text. The probe takes all.
-"""
+and rungs measured: what is measured for many choices makes do with less text."""
 
-PROBE_LEVELS = (0.25, 0.75)
-"""The two levels that the probe is fitted on, as shares of the way from the lowest bits up."""
+PROBE_FIT_SHARE = 0.5
+"""Share of the calibrating sequences that the probe is fitted to. All held back judge it."""
+
+PROBE_LEVEL = 0.25
+"""The lower of the two levels that the probe is fitted on and judged by, as a share of the way from
+the lowest bits up; the upper is the best."""
 
 
 @dataclass(frozen=True)
@@ -309,15 +312,12 @@ class _Run:
         self,
         choices: Sequence[Mapping[str, int]],
         report: Callable[[float], None],
-        share: float = 1.0,
+        share: float,
     ) -> torch.Tensor:
         return self.workers.divergence(self.nested, self._held_back(share), choices, report)
 
     def _held_back(self, share: float) -> torch.Tensor:
-        """So many of the held-back sequences, evenly."""
-        held = self.tokens.held_back
-        count = max(1, round(len(held) * share))
-        return held[torch.arange(count) * len(held) // count]
+        return _evenly(self.tokens.held_back, share)
 
     def _sensitivities(
         self,
@@ -429,38 +429,44 @@ class _Run:
     def _probe(
         self, steps: Sequence[search.Step], rungs: Sequence[RungRecord]
     ) -> ProbeRecord | None:
-        """Fitted on two levels, a quarter and three quarters up the ladder by mean bits."""
         stored = self.work.read_json("probe")
         blocks = [i for i in probe.candidates(len(self.model)) if self.blocks[i]]
         if not blocks:
             return None
         if stored is None:
             bits = [rung.mean_bits for rung in rungs]
-            number = []
-            for share in PROBE_LEVELS:
-                wanted = bits[-1] + share * (bits[0] - bits[-1])
-                number.append(min(range(len(bits)), key=lambda i: abs(bits[i] - wanted)))
+            wanted = bits[-1] + PROBE_LEVEL * (bits[0] - bits[-1])
+            number = min(range(len(bits)), key=lambda i: abs(bits[i] - wanted))
             every = self._widths_after(steps)
-            low, high = (every[i] for i in number)
+            low, high = every[number], every[0]
+            fitted = _evenly(self.tokens.fit, PROBE_FIT_SHARE)
+            tokens = torch.cat([fitted, self.tokens.held_back])
             with self.stage("probe") as report:
-                kl = self._divergence([low, high], lambda share: report(share * 0.7))
-                inputs = probe.inputs_of_blocks(self.nested, self.tokens.held_back, low, blocks)
-                count, length = self.tokens.held_back.shape
-                judging = torch.arange(count) % 4 == 3
-                judging[-1] = True
-                fitted = ~judging.repeat_interleave(length)
-                found = probe.fit(inputs, kl[0], kl[1], fitted)
-            best = found[0]
-            names = {i: self.blocks[i][0].name for i in inputs}
+                kl = self.workers.divergence(
+                    self.nested, tokens, [low, high], lambda share: report(share * 0.7)
+                )
+                found = probe.ProbeFit(kl[0], kl[1], torch.arange(tokens.numel()) < fitted.numel())
+                probes = []
+                for index, given in probe.inputs_of_blocks(self.nested, tokens, low, blocks):
+                    probes.append(found.probe(index, given))
+                    report(0.7 + 0.3 * len(probes) / len(blocks))
+            best = min(probes, key=lambda p: p.relative_kl)
+            names = {i: self.blocks[i][0].name for i in blocks}
             top = len(rungs) - 1
             stored = ProbeRecord(
                 layer=names[best.block],
                 weight=tuple(best.weight.tolist()),
                 bias=best.bias,
-                levels=(top - number[0], top - number[1]),
+                levels=(top - number, top),
                 relative_kl=best.relative_kl,
                 correlation=best.correlation,
-                candidates={names[p.block]: p.relative_kl for p in found},
+                candidates={names[p.block]: p.relative_kl for p in probes},
             ).model_dump(mode="json")
             self.work.write_json("probe", stored)
         return ProbeRecord.model_validate(stored)
+
+
+def _evenly(sequences: torch.Tensor, share: float) -> torch.Tensor:
+    """So many of the sequences, from all over."""
+    count = max(1, round(len(sequences) * share))
+    return sequences[torch.arange(count) * len(sequences) // count]

@@ -1,16 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """The probe: a linear map of one hidden state that tells which tokens need precision.
 
-For each candidate block in the first third, ridge regression in closed form from what its first
-linear layer is given to the log of the token's KL. The score of a token is exp(w·x + b), its
-expected KL over that of the average token. The block is chosen by what a policy of two levels would
-reach with it on text that it was not fitted to: the half of the tokens that score lowest run at the
-low level, and the KL is compared with that of choosing the half at random.
+The score of a token is exp(w·x + b), its expected KL over that of the average token; what is
+expected is the mean over some levels of the ladder. For each candidate block in the first third, w
+is fitted to what the block's first linear layer is given: ridge regression in closed form to the
+log of the KL, then gamma regression from there, with the same ridge (McCullagh and Nelder,
+Generalized Linear Models, chapter 8). The mean of the log says little of the mean, which rare
+tokens make up, and it is the mean that a policy spends.
+
+The block is chosen by what a policy of two levels would reach with it on text that it was not
+fitted to: the half of the tokens that score lowest run at the low level, and the KL is compared
+with that of choosing the half at random.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,11 +28,16 @@ from vllm_flexquant.quantize.sensitivity import rank_correlation
 LOW_SHARE = 0.5
 """Share of tokens that run at the low level."""
 
-_RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+_RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0)
 """Ridge strengths tried, times the number of tokens; features are standardised."""
 
-_FLOOR = 1e-7
-"""Nats: below it KL is rounding noise, whose logarithm says nothing."""
+_FLOOR = 1e-4
+"""Of the mean KL: below it a token's KL is rounding noise, whose logarithm says nothing."""
+
+_STEPS = 30
+_ENOUGH = 1e-5
+_LEAST_STEP = 1e-3
+"""Most steps of gamma regression, the gain in deviance below which it ends, the shortest step."""
 
 _BATCH_TOKENS = 2048
 
@@ -56,33 +67,31 @@ def candidates(blocks: int) -> list[int]:
 
 
 def inputs_of_blocks(
-    nested: NestedModel,
-    tokens: torch.Tensor,
-    widths: Mapping[str, int],
-    blocks: Sequence[int],
-    advance: Callable[[int], None] | None = None,
-) -> dict[int, torch.Tensor]:
-    """What the first unit of each of `blocks` is given, fp32 [tokens, H] on the CPU."""
+    nested: NestedModel, tokens: torch.Tensor, widths: Mapping[str, int], blocks: Sequence[int]
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Each of `blocks`, ascending, and what its first unit is given, fp32 [tokens, H] on the CPU.
+
+    One at a time, so that they need not fit into memory together.
+    """
     batches = list(tokens.split(max(1, _BATCH_TOKENS // tokens.shape[1])))
-    found: dict[int, list[torch.Tensor]] = {index: [] for index in blocks}
     model, units = nested.model, nested.units
     with torch.inference_mode():
         hidden = [model.embed(batch) for batch in batches]
-        for index in range(max(blocks) + 1):
-            with model.loaded(index):
-                Swap(nested, index).use([widths.get(unit.name) for unit in units[index]])
+    for index in range(max(blocks) + 1):
+        found: list[torch.Tensor] = []
 
-                def keep(_: Unit, given: torch.Tensor, index: int = index) -> None:
-                    found[index].append(given.flatten(0, -2).float().cpu())
+        def keep(_: Unit, given: torch.Tensor, found: list[torch.Tensor] = found) -> None:
+            found.append(given.flatten(0, -2).float().cpu())
 
-                watched = units[index][:1] if index in found else []
-                with model.watching(index, watched, keep):
-                    for b, batch in enumerate(batches):
-                        model.match(batch)
-                        hidden[b] = model.run(index, hidden[b])
-            if advance:
-                advance(index + 1)
-    return {index: torch.cat(parts) for index, parts in found.items() if parts}
+        watched = units[index][:1] if index in blocks else []
+        with torch.inference_mode(), model.loaded(index):
+            Swap(nested, index).use([widths.get(unit.name) for unit in units[index]])
+            with model.watching(index, watched, keep):
+                for b, batch in enumerate(batches):
+                    model.match(batch)
+                    hidden[b] = model.run(index, hidden[b])
+        if found:
+            yield index, torch.cat(found)
 
 
 def two_level_kl(score: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> float:
@@ -98,58 +107,102 @@ def two_level_kl(score: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> 
     return float(policy / (share * low.mean() + (1 - share) * high.mean()))
 
 
-def fit(
-    inputs: Mapping[int, torch.Tensor],
-    low: torch.Tensor,
-    high: torch.Tensor,
-    fitted: torch.Tensor,
-) -> list[Probe]:
-    """A probe for each block, the best first.
+class ProbeFit:
+    """Fits probes to some tokens and judges them by others.
 
     Args:
-        inputs: fp32 [tokens, H] by block.
-        low, high: fp32 [tokens], KL of each token at two levels.
-        fitted: bool [tokens], those to fit to; the others choose the ridge and rank the blocks.
+        low, high: fp32 [tokens], KL of each token at the two levels of the policy; a probe tells
+            the mean of both, each relative to its own mean.
+        fitted: bool [tokens], those to fit to; the others choose the ridge and judge.
 
     Raises:
         ValueError: all tokens are fitted, or none.
     """
-    if bool(fitted.all()) or not bool(fitted.any()):
-        raise ValueError("a probe needs tokens to fit to and others to be judged by")
-    wanted = torch.log(low.clamp_min(_FLOOR)).double()
-    probes = [
-        _fit_block(block, given, wanted, low, high, fitted) for block, given in inputs.items()
-    ]
-    return sorted(probes, key=lambda probe: probe.relative_kl)
+
+    def __init__(self, low: torch.Tensor, high: torch.Tensor, fitted: torch.Tensor) -> None:
+        if bool(fitted.all()) or not bool(fitted.any()):
+            raise ValueError("a probe needs tokens to fit to and others to be judged by")
+        kl = torch.stack([low, high]).clamp_min(0).double()
+        relative = (kl / kl.mean(-1, keepdim=True)).mean(0).clamp_min(_FLOOR)
+        self.relative = relative / relative[fitted].mean()
+        self.low, self.high, self.fitted = low, high, fitted
+
+    def probe(self, block: int, given: torch.Tensor) -> Probe:
+        """The probe of `block`, whose first layer is given fp32 [tokens, H].
+
+        Of the ridges tried, it has the one with the least deviance on the tokens not fitted.
+        """
+        fitted, held = self.fitted, ~self.fitted
+        mean, std = given[fitted].mean(0), given[fitted].std(0).clamp_min(1e-6)
+        features = ((given - mean) / std).double()
+        regression = _GammaRegression(features[fitted], self.relative[fitted])
+        solutions = [regression.solve(ridge) for ridge in _RIDGES]
+        judged, wanted = features[held], self.relative[held]
+        solution = min(solutions, key=lambda s: _deviance(judged @ s, wanted))
+        weight = (solution / std.double()).float()
+        raw = given @ weight
+        bias = float(fitted.sum().log()) - float(torch.logsumexp(raw[fitted].double(), 0))
+        return Probe(
+            block,
+            weight,
+            bias,
+            two_level_kl(raw[held], self.low[held], self.high[held]),
+            rank_correlation(raw[held].tolist(), self.low[held].tolist()),
+        )
 
 
-def _fit_block(
-    block: int,
-    given: torch.Tensor,
-    wanted: torch.Tensor,
-    low: torch.Tensor,
-    high: torch.Tensor,
-    fitted: torch.Tensor,
-) -> Probe:
-    """With the ridge whose squared error on tokens that are not fitted is least."""
-    held = ~fitted
-    mean, std = given[fitted].mean(0), given[fitted].std(0).clamp_min(1e-6)
-    features = ((given - mean) / std).double()
-    x, centre = features[fitted], wanted[fitted].mean()
-    gram, pull = x.T @ x, x.T @ (wanted[fitted] - centre)
-    identity = torch.eye(len(gram), dtype=gram.dtype)
-    solutions = [torch.linalg.solve(gram + r * len(x) * identity, pull) for r in _RIDGES]
-    errors = [
-        float((features[held] @ solution + centre - wanted[held]).square().mean())
-        for solution in solutions
-    ]
-    weight = (solutions[errors.index(min(errors))] / std.double()).float()
-    raw = given @ weight
-    bias = float(fitted.sum().log()) - float(torch.logsumexp(raw[fitted].double(), 0))
-    return Probe(
-        block,
-        weight,
-        bias,
-        two_level_kl(raw[held], low[held], high[held]),
-        rank_correlation(raw[held].tolist(), low[held].tolist()),
-    )
+class _GammaRegression:
+    """`wanted`, fp64 [tokens], is exp(features · w + b) in the mean, with an error of its size.
+
+    The information matrix of this likelihood does not depend on w: it is that of ridge regression.
+    """
+
+    def __init__(self, features: torch.Tensor, wanted: torch.Tensor) -> None:
+        self.features, self.wanted = features, wanted
+        self.log = torch.log(wanted)
+        self.gram = features.T @ features / len(features)
+
+    def solve(self, ridge: float) -> torch.Tensor:
+        """w, fp64 [H], by Fisher scoring; each step is halved until it gains."""
+        identity = torch.eye(len(self.gram), dtype=self.gram.dtype)
+        factor = torch.linalg.cholesky(self.gram + ridge * identity)
+
+        def ridge_regression(pull: torch.Tensor) -> torch.Tensor:
+            return torch.cholesky_solve(pull.unsqueeze(1), factor).squeeze(1)
+
+        def loss(w: torch.Tensor) -> float:
+            return _deviance(self.features @ w, self.wanted) + ridge * float(w @ w) / 2
+
+        w = ridge_regression(self._pull(self.log - self.log.mean()))
+        least = loss(w)
+        for _ in range(_STEPS):
+            expected = self.features @ w
+            bias = _bias(expected, self.wanted)
+            excess = self.wanted * torch.exp(-expected - bias) - 1
+            step = ridge_regression(self._pull(excess) - ridge * w)
+            size = 1.0
+            while loss(w + size * step) >= least and size > _LEAST_STEP:
+                size /= 2
+            moved = w + size * step
+            gain = least - loss(moved)
+            if gain > 0:
+                w, least = moved, least - gain
+            if gain < _ENOUGH:
+                break
+        return w
+
+    def _pull(self, target: torch.Tensor) -> torch.Tensor:
+        return self.features.T @ target / len(self.features)
+
+
+def _bias(raw: torch.Tensor, wanted: torch.Tensor) -> float:
+    """The best b for exp(raw + b) as the mean of `wanted`."""
+    return float(torch.logsumexp(torch.log(wanted) - raw, 0)) - math.log(len(raw))
+
+
+def _deviance(raw: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Minus the log-likelihood a token of a gamma distribution, with the best b, up to a constant.
+
+    With that b, the mean of wanted / exp(raw + b) is 1 and drops out.
+    """
+    return float(raw.mean()) + _bias(raw, wanted)

@@ -24,7 +24,7 @@ from vllm_flexquant.format.checkpoint import (
 from vllm_flexquant.format.layout import ScaleMode
 from vllm_flexquant.format.record import (
     CalibrationRecord,
-    LadderRecord,
+    ProbeRecord,
     UnitRecord,
     read_calibration,
 )
@@ -87,7 +87,7 @@ def prune_checkpoint(
 def prune_record(record: CalibrationRecord, top_bits: float) -> CalibrationRecord:
     """`record` of a ladder that begins at the best level of at most `top_bits` mean bits.
 
-    A probe that was fitted on a level above is dropped.
+    The probe stays: its score is relative, whatever the level.
 
     Raises:
         ValueError: the best level is within `top_bits`, or the cheapest is not.
@@ -107,21 +107,27 @@ def prune_record(record: CalibrationRecord, top_bits: float) -> CalibrationRecor
         )
     highest = record.widths_after(first)
     lowest_top = min(highest.values())
-    levels = len(rungs) - first
     return record.model_copy(
         update={
             "units": tuple(_pruned_unit(unit, highest[unit.name]) for unit in record.units),
             "uniform_kl": {w: kl for w, kl in record.uniform_kl.items() if w <= lowest_top},
-            "ladder": LadderRecord(
-                search=record.ladder.search,
-                steps=record.ladder.steps[first:],
-                rungs=tuple(
-                    rung.model_copy(update={"steps": rung.steps - first}) for rung in rungs[first:]
-                ),
+            "ladder": record.ladder.model_copy(
+                update={
+                    "steps": record.ladder.steps[first:],
+                    "rungs": tuple(
+                        rung.model_copy(update={"steps": rung.steps - first})
+                        for rung in rungs[first:]
+                    ),
+                }
             ),
-            "probe": record.probe if record.probe and max(record.probe.levels) < levels else None,
+            "probe": record.probe and _pruned_probe(record.probe, len(rungs) - first),
         }
     )
+
+
+def _pruned_probe(probe: ProbeRecord, levels: int) -> ProbeRecord:
+    kept = probe.levels is not None and max(probe.levels) < levels
+    return probe if kept else probe.model_copy(update={"levels": None})
 
 
 def _pruned_unit(unit: UnitRecord, highest: int) -> UnitRecord:
