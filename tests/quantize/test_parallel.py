@@ -182,7 +182,7 @@ def test_what_workers_cannot_see_is_named(cluster, tmp_path):
     with pytest.raises(ValueError, match=rf"does not see {here} as it is here; put the model"):
         workers._run(parallel._enter, [()], "cpu")
     with pytest.raises(ValueError, match=r"no node of the Ray cluster 'local' has .*GPU"):
-        workers._claim("cuda")
+        workers._claim("cuda", 1)
 
 
 def test_other_versions_on_a_node_are_named(cluster):

@@ -8,8 +8,8 @@ rounded blocks before it give it, and so do Hessians, the output layer, the orde
 the probe. The tree search waits for the measurement of one node before it knows the next.
 
 Results are the same bit for bit as without Ray: parts are cut only where they do not depend on
-each other, and a task uses as many threads as this process (the last bits of a matrix product may
-depend on that). Nodes whose CPUs differ from this one's may still give other last bits.
+each other, and a task uses as many threads as the part does here (the last bits of a matrix product
+may depend on that). Nodes whose CPUs differ from this one's may still give other last bits.
 
 Model and work folder are read by the workers themselves, from the same paths as here.
 """
@@ -23,7 +23,7 @@ import platform
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -35,7 +35,12 @@ from vllm_flexquant.format.layout import PlaneLayout
 from vllm_flexquant.quantize import evaluate, sensitivity
 from vllm_flexquant.quantize.blocks import BlockModel, Unit
 from vllm_flexquant.quantize.evaluate import NestedModel, Widths
-from vllm_flexquant.quantize.rounding import Layer, RoundingOptions, quantize_layers
+from vllm_flexquant.quantize.rounding import (
+    Layer,
+    RoundingOptions,
+    quantize_layers,
+    threads_of_layer,
+)
 from vllm_flexquant.quantize.rtn import QuantizedWeight
 
 Report = Callable[[float], None]
@@ -172,7 +177,7 @@ class _Recipe:
 class OnRay:
     """`Workers` of the Ray cluster that this process is connected to.
 
-    A task takes as many cores as torch has threads here, or one core and one GPU.
+    A task takes as many cores as torch would have threads for it here, or one core and one GPU.
     """
 
     def __init__(self, address: str, retries: int = RETRIES) -> None:
@@ -184,8 +189,8 @@ class OnRay:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         marks = tuple((str(f), hashlib.sha256(f.read_bytes()).hexdigest()) for f in files)
-        self.place = _Place(self.place.threads, self.place.versions, marks)
-        _, _, nodes = self._claim("cpu")
+        self.place = replace(self.place, marks=marks)
+        _, _, nodes = self._claim("cpu", self.place.threads)
         strategies = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
         try:
             self._run(_enter, [()] * len(nodes), "cpu", strategies=strategies)
@@ -204,14 +209,15 @@ class OnRay:
         hessians = {id(h): h for _, _, h in layers if h is not None}
         stored = {key: ray.put(h.cpu()) for key, h in hessians.items()}
         items = [(n, w.cpu(), stored[id(h)], options, device.type) for n, w, h in layers]
-        found = self._run(_quantize, items, device.type)
+        threads = threads_of_layer(self.place.threads, len(layers))
+        found = self._run(_quantize, items, device.type, threads=threads)
         return [QuantizedWeight(w.codes.to(device), w.scales.to(device)) for w in found]
 
     def estimate(
         self, nested: NestedModel, tokens: torch.Tensor, seed: int, report: Report
     ) -> dict[str, dict[int, sensitivity.Cost]]:
         recipe = _Recipe.of(nested)
-        _, slots, _ = self._claim(recipe.device)
+        _, slots, _ = self._claim(recipe.device, self.place.threads)
         seeded = list(enumerate(sensitivity.cut(tokens), seed))
         items = [(recipe, part) for part in _spread(seeded, slots)]
         return sensitivity.summarize(self._run(_terms, items, recipe.device, report))
@@ -224,7 +230,7 @@ class OnRay:
         report: Report,
     ) -> torch.Tensor:
         recipe = _Recipe.of(nested)
-        _, slots, _ = self._claim(recipe.device)
+        _, slots, _ = self._claim(recipe.device, self.place.threads)
         wanted = _TASKS_PER_SLOT * slots
         texts = [torch.cat(part) for part in _spread(evaluate.cut(tokens), wanted)]
         groups = group_choices(choices, nested.units, -(-wanted // len(texts)))
@@ -237,14 +243,14 @@ class OnRay:
             result[group] = torch.cat([next(found) for _ in texts], dim=1)
         return result
 
-    def _claim(self, device: str) -> tuple[dict[str, float], int, list[str]]:
+    def _claim(self, device: str, threads: int) -> tuple[dict[str, float], int, list[str]]:
         """Resources of a task, how many tasks run at the same time, and the nodes that run any."""
         import ray
 
         alive = {n["NodeID"]: n["Resources"] for n in ray.nodes() if n["Alive"]}
         # threads stay as they are on nodes with fewer cores, which only makes them slower
         most = max((r.get("CPU", 0.0) for r in alive.values()), default=0.0)
-        claim = {"CPU": max(1.0, min(float(self.place.threads), most))}
+        claim = {"CPU": max(1.0, min(float(threads), most))}
         if device != "cpu":
             claim = {"CPU": 1.0, "GPU": 1.0}
         slots = {
@@ -266,11 +272,13 @@ class OnRay:
         device: str,
         report: Report | None = None,
         strategies: Sequence[Any] | None = None,
+        threads: int | None = None,
     ) -> list[T]:
-        """`function(place, *item)` of each item, in their order."""
+        """`function(place, *item)` of each item, in their order, on so many threads or all."""
         import ray
 
-        claim, _, _ = self._claim(device)
+        place = replace(self.place, threads=threads or self.place.threads)
+        claim, _, _ = self._claim(device, place.threads)
         remote = ray.remote(
             num_cpus=claim["CPU"],
             num_gpus=claim.get("GPU", 0),
@@ -282,7 +290,7 @@ class OnRay:
 
         def start(i: int) -> None:
             task = remote.options(scheduling_strategy=strategies[i])
-            number[task.remote(self.place, *items[i])] = i
+            number[task.remote(place, *items[i])] = i
 
         for i in range(len(items)):
             start(i)

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rounding sweep: every block's layers become nested codes, one block in memory at a time.
 
-Peak memory is one block in fp32, the Hessians of its units, the codes of one layer, and the hidden
-states of the calibration tokens.
+Peak memory is one block in fp32, the Hessians of its units, its codes, and the hidden states of the
+calibration tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
@@ -45,8 +46,33 @@ class RoundingOptions:
 
 
 def quantize_layers(layers: Sequence[Layer], options: RoundingOptions) -> list[QuantizedWeight]:
-    """Codes and scales of each layer; layers do not depend on each other."""
-    return [_quantize(weight, hessian, options, name) for name, weight, hessian in layers]
+    """Codes and scales of each layer; layers do not depend on each other.
+
+    On a CPU they are rounded at the same time, and torch's threads shared out among them: columns
+    go one after another, in steps too small for many threads.
+    """
+
+    def quantize(layer: Layer) -> QuantizedWeight:
+        name, weight, hessian = layer
+        with torch.inference_mode():
+            return _quantize(weight, hessian, options, name)
+
+    threads = torch.get_num_threads()
+    if len(layers) == 1 or threads == 1 or layers[0][1].device.type != "cpu":
+        return [quantize(layer) for layer in layers]
+    share = threads_of_layer(threads, len(layers))
+    longest_first = sorted(layers, key=lambda layer: -layer[1].shape[1])
+    try:
+        with ThreadPoolExecutor(threads // share, "rounding", torch.set_num_threads, (share,)) as p:
+            running = {layer[0]: p.submit(quantize, layer) for layer in longest_first}
+            return [running[name].result() for name, _, _ in layers]
+    finally:
+        torch.set_num_threads(threads)  # what threads to come begin with was changed too
+
+
+def threads_of_layer(threads: int, layers: int) -> int:
+    """Of so many threads, what each of some layers gets that are rounded at the same time."""
+    return max(1, threads // layers)
 
 
 def round_blocks(
