@@ -1,0 +1,362 @@
+# SPDX-License-Identifier: Apache-2.0
+"""out[m, n] = bias[n] + sum_k x[m, k] * (scale * code + offset)[n, k], in one launch for any width.
+
+Inputs are those of ``layout.py``; the host side is ``linear.py``.
+"""
+
+import triton
+import triton.language as tl
+
+_PAIR = tl.constexpr(0x00010001)  # the same 16 bits in both halves of a word
+
+
+@triton.jit
+def _rotate(words, RIGHT: tl.constexpr):
+    if RIGHT % 32 != 0:
+        words = (words >> (RIGHT % 32)) | (words << (32 - RIGHT % 32))
+    return words
+
+
+@triton.constexpr_function
+def _magic_exponent(field, unit, bf16):
+    """log2 of what a field's number is too large by; the number is that plus 2^unit * code."""
+    return field + unit if bf16 else field + unit + 3
+
+
+@triton.constexpr_function
+def _first_bit(field, chunk):
+    """Where the fields of a chunk start in its words (``layout.py``)."""
+    if field == 4:
+        return 0
+    if field == 2:
+        return 2 * (chunk % 2)
+    return chunk // 2 + 2 * (chunk % 2)
+
+
+@triton.jit
+def _slice(
+    words, zero, FIRST: tl.constexpr, FIELD: tl.constexpr, UNIT: tl.constexpr, DTYPE: tl.constexpr
+):
+    """Numbers [BN, 16] of the field at bit FIRST of each half (before the storage rotation)."""
+    BF16: tl.constexpr = DTYPE == tl.bfloat16
+    E: tl.constexpr = _magic_exponent(FIELD, UNIT, BF16)
+    MAGIC: tl.constexpr = ((E + 127) << 7) if BF16 else ((E + 15) << 10)
+    MASK: tl.constexpr = ((1 << FIELD) - 1) << (7 - FIELD)
+    moved = _rotate(words, FIRST + 3 - (7 - FIELD))
+    pair = (moved & (MASK * _PAIR)) | (zero + MAGIC * _PAIR)
+    low = pair.to(tl.uint16).to(DTYPE, bitcast=True)
+    high = (pair >> 16).to(tl.uint16).to(DTYPE, bitcast=True)
+    return tl.reshape(tl.join(low, high), (words.shape[0], 16))
+
+
+@triton.jit
+def _operand(
+    words,
+    zero,
+    PART: tl.constexpr,
+    PART_K: tl.constexpr,
+    FIELD: tl.constexpr,
+    UNIT: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Numbers [BN, PART_K] of one part of a block."""
+    BN: tl.constexpr = words[0].shape[0]
+    CHUNK: tl.constexpr = PART * PART_K // 64
+    FIRST: tl.constexpr = _first_bit(FIELD, CHUNK) + PART * PART_K // 4 % 16
+    w = words[CHUNK * FIELD // 4]
+    a = _slice(w, zero, FIRST, FIELD, UNIT, DTYPE)
+    b = _slice(w, zero, FIRST + 4, FIELD, UNIT, DTYPE)
+    if PART_K == 32:
+        out = tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), (BN, 32))
+    else:
+        c = _slice(w, zero, FIRST + 8, FIELD, UNIT, DTYPE)
+        d = _slice(w, zero, FIRST + 12, FIELD, UNIT, DTYPE)
+        four = tl.join(tl.join(a, b), tl.join(c, d))
+        out = tl.reshape(tl.permute(four, (0, 3, 2, 1)), (BN, 64))
+    return out
+
+
+@triton.jit
+def _load(plane, rows, block, blocks, W: tl.constexpr):
+    """Words of a block of 256 k: W tensors uint32 [BN, 8]."""
+    BN: tl.constexpr = rows.shape[0]
+    column = tl.arange(0, 8 * W)
+    start = (rows // 16).to(tl.int64) * blocks * (128 * W) + (rows % 16) * (8 * W)
+    words = tl.load(plane + start[:, None] + (block * (128 * W) + column[None, :]))
+    words = words.to(tl.uint32, bitcast=True)
+    if W == 1:
+        out = (words,)
+    elif W == 2:
+        out = tl.split(tl.reshape(words, (BN, 8, 2)))
+    else:
+        even, odd = tl.split(tl.reshape(words, (BN, 8, 2, 2)))
+        w0, w2 = tl.split(even)
+        w1, w3 = tl.split(odd)
+        out = (w0, w1, w2, w3)
+    return out
+
+
+@triton.jit
+def _merge(high, low, W: tl.constexpr):
+    """Words of width W from two planes -> twice as many words of width 2 * W."""
+    # 0x33333333 and 0x55555555, rotated as the words are
+    KEEP: tl.constexpr = 0x99999999 if W == 2 else 0xAAAAAAAA
+    OTHER: tl.constexpr = 0xFFFFFFFF - KEEP
+    first = (low & KEEP) | (_rotate(high, 32 - W) & OTHER)
+    second = (_rotate(low, W) & KEEP) | (high & OTHER)
+    return first, second
+
+
+@triton.jit
+def _merge2(high, low):
+    """Two planes of 2 bits -> 4-bit words."""
+    w0, w1 = _merge(high[0], low[0], 2)
+    w2, w3 = _merge(high[1], low[1], 2)
+    return w0, w1, w2, w3
+
+
+@triton.jit
+def _parts(planes, rows, block, blocks, LAYOUT: tl.constexpr, WIDTH: tl.constexpr):
+    """Words of the upper and of the lower part of the codes of a block; the lower is unused where there is none."""
+    if LAYOUT == 422:
+        high = _load(planes[0], rows, block, blocks, 4)
+        low = high
+        if WIDTH == 6:
+            low = _load(planes[1], rows, block, blocks, 2)
+        elif WIDTH == 8:
+            low = _merge2(
+                _load(planes[1], rows, block, blocks, 2), _load(planes[2], rows, block, blocks, 2)
+            )
+    elif LAYOUT == 224:
+        high = _load(planes[0], rows, block, blocks, 2)
+        low = high
+        if WIDTH > 2:
+            high = _merge2(high, _load(planes[1], rows, block, blocks, 2))
+        if WIDTH == 8:
+            low = _load(planes[2], rows, block, blocks, 4)
+    else:
+        high = _load(planes[0], rows, block, blocks, 2)
+        low = high
+        if WIDTH == 3:
+            low = _load(planes[1], rows, block, blocks, 1)
+        elif WIDTH > 3:
+            second = _load(planes[1], rows, block, blocks, 1)
+            third = _load(planes[2], rows, block, blocks, 1)
+            high = _merge2(high, _merge(second[0], third[0], 1))
+        if WIDTH == 6:
+            low = _load(planes[3], rows, block, blocks, 2)
+        elif WIDTH == 8:
+            low = _merge2(
+                _load(planes[3], rows, block, blocks, 2), _load(planes[4], rows, block, blocks, 2)
+            )
+    return high, low
+
+
+@triton.jit
+def _dot(a, b, acc, UPCAST: tl.constexpr):
+    if UPCAST:  # the interpreter has no bf16 arithmetic
+        return tl.dot(a.to(tl.float32), tl.trans(b.to(tl.float32)), acc)
+    return tl.dot(a, tl.trans(b), acc)
+
+
+@triton.jit
+def _product(
+    x_ptr,
+    planes,
+    scales_ptr,
+    zero,
+    rows,
+    rm,
+    blocks,
+    of_split,  # (first, last) block
+    sizes,  # (M, K, N_pad)
+    LAYOUT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SET: tl.constexpr,
+    SHARED: tl.constexpr,
+    G: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """fp32 [BN, BM]: the product over some blocks at one width."""
+    M, K, n_pad = sizes
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    BF16: tl.constexpr = DTYPE == tl.bfloat16
+    HIGH: tl.constexpr = 2 if (LAYOUT != 422 and WIDTH < 4) else 4
+    LOW: tl.constexpr = WIDTH - HIGH
+    PART_K: tl.constexpr = 32 if G == 32 else 64
+    half = tl.full((BN, PART_K // 2), 1.0, tl.float32).to(DTYPE)
+    ones = tl.reshape(tl.join(half, half), (BN, PART_K))
+    TOO_LARGE: tl.constexpr = (1 << _magic_exponent(HIGH, LOW, BF16)) + (
+        (1 << _magic_exponent(LOW, 0, BF16)) if LOW else 0
+    )
+    STEP: tl.constexpr = 1 << (8 - WIDTH) if SHARED else 1
+    acc = tl.zeros((BN, BM), tl.float32)
+    ag = tl.zeros((BN, BM), tl.float32)
+    xs = tl.zeros((BN, BM), tl.float32)
+    for block in range(of_split[0], of_split[1]):
+        high, low = _parts(planes, rows, block, blocks, LAYOUT, WIDTH)
+        for part in tl.static_range(256 // PART_K):
+            rk = block * 256 + part * PART_K + tl.arange(0, PART_K)
+            x = tl.load(
+                x_ptr + rm.to(tl.int64)[:, None] * K + rk[None, :],
+                mask=(rm < M)[:, None] & (rk < K)[None, :],
+                other=0.0,
+            )
+            if part * PART_K % G == 0:
+                ag = tl.zeros((BN, BM), tl.float32)
+                xs = tl.zeros((BN, BM), tl.float32)
+            ag = _dot(_operand(high, zero, part, PART_K, HIGH, LOW, DTYPE), x, ag, UPCAST)
+            if LOW > 0:
+                ag = _dot(_operand(low, zero, part, PART_K, LOW, 0, DTYPE), x, ag, UPCAST)
+            xs = _dot(ones, x, xs, UPCAST)
+            if (part + 1) * PART_K % G == 0:
+                group = block * (256 // G) + part * PART_K // G
+                if not SHARED:
+                    group += SET * blocks * (256 // G)
+                pair = tl.load(scales_ptr + group.to(tl.int64) * n_pad + rows)
+                scale = pair.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+                offset = (
+                    (pair.to(tl.uint32, bitcast=True) >> 16)
+                    .to(tl.uint16)
+                    .to(tl.float16, bitcast=True)
+                    .to(tl.float32)
+                )
+                if SHARED:
+                    offset += scale * ((STEP - 1) / 2 - TOO_LARGE * STEP)
+                    scale *= STEP
+                else:
+                    offset -= scale * TOO_LARGE
+                acc += scale[:, None] * ag
+                acc += offset[:, None] * xs
+    return acc
+
+
+@triton.jit
+def _add_bias(acc, bias_ptr, rows, N, HAS_BIAS: tl.constexpr):
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)[:, None]
+    return acc
+
+
+@triton.jit
+def linear_kernel(
+    x_ptr,  # bf16 or fp16 [M, K]
+    p0,  # int32, planes as in layout.py; those that the layout has not are not read
+    p1,
+    p2,
+    p3,
+    p4,
+    scales_ptr,  # int32 [S, K_pad/g, N_pad]: a pair of fp16, the scale in the lower half
+    width_ptr,  # int32 [1]
+    bias_ptr,  # any floating dtype [N]
+    partial_ptr,  # fp32 [splits, M, N_pad]
+    counters_ptr,  # int32 [>= N_pad/BN], zero before and after
+    zero_ptr,  # int32 [1], zero: see _slice
+    out_ptr,  # as x [M, N]
+    M,
+    N,
+    K,
+    blocks,  # K_pad / 256
+    n_pad,
+    LAYOUT: tl.constexpr,  # plane widths as decimal digits
+    SHARED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    G: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Grid (N_pad/BN, splits, ceil(M/BM)); with more than one split the last is 1."""
+    width = tl.load(width_ptr)
+    zero = tl.load(zero_ptr + tl.zeros((1, 1), tl.int32)).to(tl.uint32, bitcast=True)
+    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    rm = tl.program_id(2) * BM + tl.arange(0, BM)
+    split = tl.program_id(1)
+    splits = tl.num_programs(1)
+    planes = (p0, p1, p2, p3, p4)
+    of_split = (split * blocks // splits, (split + 1) * blocks // splits)
+    sizes = (M, K, n_pad)
+    # One body per width, so that each is unrolled; the branch is the same for all threads.
+    # fmt: off
+    if LAYOUT == 422:
+        if width <= 4:
+            acc = _product(
+                x_ptr, planes, scales_ptr, zero, rows, rm, blocks, of_split, sizes,
+                LAYOUT, 4, 0, SHARED, G, BM, BN, UPCAST,
+            )
+        elif width <= 6:
+            acc = _product(
+                x_ptr, planes, scales_ptr, zero, rows, rm, blocks, of_split, sizes,
+                LAYOUT, 6, 1, SHARED, G, BM, BN, UPCAST,
+            )
+        else:
+            acc = _product(
+                x_ptr, planes, scales_ptr, zero, rows, rm, blocks, of_split, sizes,
+                LAYOUT, 8, 2, SHARED, G, BM, BN, UPCAST,
+            )
+    elif LAYOUT == 224:
+        if width <= 2:
+            acc = _product(
+                x_ptr, planes, scales_ptr, zero, rows, rm, blocks, of_split, sizes,
+                LAYOUT, 2, 0, SHARED, G, BM, BN, UPCAST,
+            )
+        elif width <= 4:
+            acc = _product(
+                x_ptr, planes, scales_ptr, zero, rows, rm, blocks, of_split, sizes,
+                LAYOUT, 4, 1, SHARED, G, BM, BN, UPCAST,
+            )
+        else:
+            acc = _product(
+                x_ptr, planes, scales_ptr, zero, rows, rm, blocks, of_split, sizes,
+                LAYOUT, 8, 2, SHARED, G, BM, BN, UPCAST,
+            )
+    else:
+        if width <= 2:
+            acc = _product(
+                x_ptr, planes, scales_ptr, zero, rows, rm, blocks, of_split, sizes,
+                LAYOUT, 2, 0, SHARED, G, BM, BN, UPCAST,
+            )
+        elif width <= 3:
+            acc = _product(
+                x_ptr, planes, scales_ptr, zero, rows, rm, blocks, of_split, sizes,
+                LAYOUT, 3, 1, SHARED, G, BM, BN, UPCAST,
+            )
+        elif width <= 4:
+            acc = _product(
+                x_ptr, planes, scales_ptr, zero, rows, rm, blocks, of_split, sizes,
+                LAYOUT, 4, 2, SHARED, G, BM, BN, UPCAST,
+            )
+        elif width <= 6:
+            acc = _product(
+                x_ptr, planes, scales_ptr, zero, rows, rm, blocks, of_split, sizes,
+                LAYOUT, 6, 3, SHARED, G, BM, BN, UPCAST,
+            )
+        else:
+            acc = _product(
+                x_ptr, planes, scales_ptr, zero, rows, rm, blocks, of_split, sizes,
+                LAYOUT, 8, 4, SHARED, G, BM, BN, UPCAST,
+            )
+    # fmt: on
+    mask = (rows < N)[:, None] & (rm < M)[None, :]
+    target = out_ptr + rm.to(tl.int64)[None, :] * N + rows[:, None]
+    if SPLIT:
+        place = partial_ptr + rm.to(tl.int64)[None, :] * n_pad + rows[:, None]
+        stride = M.to(tl.int64) * n_pad
+        tl.store(place + split * stride, acc, mask=(rm < M)[None, :])
+        tl.debug_barrier()  # all threads have stored before one of them says so
+        arrived = tl.atomic_add(counters_ptr + tl.program_id(0), 1, sem="acq_rel")
+        if arrived == splits - 1:
+            acc = tl.zeros((BN, BM), tl.float32)
+            for s in range(splits):
+                acc += tl.load(
+                    place + s * stride, mask=(rm < M)[None, :], other=0.0, cache_modifier=".cg"
+                )
+            acc = _add_bias(acc, bias_ptr, rows, N, HAS_BIAS)
+            tl.store(target, acc.to(out_ptr.dtype.element_ty), mask=mask)
+            tl.store(counters_ptr + tl.program_id(0), 0)
+    else:
+        acc = _add_bias(acc, bias_ptr, rows, N, HAS_BIAS)
+        tl.store(target, acc.to(out_ptr.dtype.element_ty), mask=mask)
