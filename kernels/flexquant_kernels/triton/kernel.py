@@ -97,6 +97,42 @@ def _load(plane, rows, block, blocks, W: tl.constexpr):
 
 
 @triton.jit
+def _halves(t):
+    """[BN, C] -> the even and the odd columns, [BN, C/2] each."""
+    return tl.split(tl.reshape(t, (t.shape[0], t.shape[1] // 2, 2)))
+
+
+@triton.jit
+def _load_pairs(scales, rows, block, blocks, GROUPS: tl.constexpr):
+    """(scale, offset) of the groups of a block of 256 k: uint32 [BN, GROUPS]."""
+    start = (rows // 16).to(tl.int64) * blocks * (16 * GROUPS) + (rows % 16) * GROUPS
+    column = block * (16 * GROUPS) + tl.arange(0, GROUPS)
+    return tl.load(scales + start[:, None] + column[None, :]).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def _columns(t):
+    """[BN, C] -> its C columns, for 2, 4 and 8."""
+    if t.shape[1] == 2:
+        out = tl.split(t)
+    elif t.shape[1] == 4:
+        even, odd = _halves(t)
+        a0, a2 = tl.split(even)
+        a1, a3 = tl.split(odd)
+        out = (a0, a1, a2, a3)
+    else:
+        even, odd = _halves(t)
+        even0, even1 = _halves(even)
+        odd0, odd1 = _halves(odd)
+        a0, a4 = tl.split(even0)
+        a2, a6 = tl.split(even1)
+        a1, a5 = tl.split(odd0)
+        a3, a7 = tl.split(odd1)
+        out = (a0, a1, a2, a3, a4, a5, a6, a7)
+    return out
+
+
+@triton.jit
 def _merge(high, low, W: tl.constexpr):
     """Words of width W from two planes -> twice as many words of width 2 * W."""
     # 0x33333333 and 0x55555555, rotated as the words are
@@ -192,11 +228,17 @@ def _product(
         (1 << _magic_exponent(LOW, 0, BF16)) if LOW else 0
     )
     STEP: tl.constexpr = 1 << (8 - WIDTH) if SHARED else 1
+    # A width's scales are a block of memory; the sets may exceed 2^31 bytes together.
+    start = (0 if SHARED else SET) * blocks.to(tl.int64) * (256 // G) * n_pad
     acc = tl.zeros((BN, BM), tl.float32)
     ag = tl.zeros((BN, BM), tl.float32)
     xs = tl.zeros((BN, BM), tl.float32)
+    of_block = _load_pairs(scales_ptr + start, rows, of_split[0], blocks, 256 // G)
     for block in range(of_split[0], of_split[1]):
         high, low = _parts(planes, rows, block, blocks, LAYOUT, WIDTH)
+        pairs = _columns(of_block)
+        following = tl.minimum(block + 1, of_split[1] - 1)
+        of_block = _load_pairs(scales_ptr + start, rows, following, blocks, 256 // G)
         for part in tl.static_range(256 // PART_K):
             rk = block * 256 + part * PART_K + tl.arange(0, PART_K)
             x = tl.load(
@@ -212,17 +254,9 @@ def _product(
                 ag = _dot(_operand(low, zero, part, PART_K, LOW, 0, DTYPE), x, ag, UPCAST)
             xs = _dot(ones, x, xs, UPCAST)
             if (part + 1) * PART_K % G == 0:
-                group = block * (256 // G) + part * PART_K // G
-                if not SHARED:
-                    group += SET * blocks * (256 // G)
-                pair = tl.load(scales_ptr + group.to(tl.int64) * n_pad + rows)
+                pair = pairs[part * PART_K // G]
                 scale = pair.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-                offset = (
-                    (pair.to(tl.uint32, bitcast=True) >> 16)
-                    .to(tl.uint16)
-                    .to(tl.float16, bitcast=True)
-                    .to(tl.float32)
-                )
+                offset = (pair >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
                 if SHARED:
                     offset += scale * ((STEP - 1) / 2 - TOO_LARGE * STEP)
                     scale *= STEP
@@ -248,7 +282,7 @@ def linear_kernel(
     p2,
     p3,
     p4,
-    scales_ptr,  # int32 [S, K_pad/g, N_pad]: a pair of fp16, the scale in the lower half
+    scales_ptr,  # int32 [S, N_pad/16, K_pad/256, 16, 256/g]: a pair of fp16, the scale in the lower half
     width_ptr,  # int32 [1]
     bias_ptr,  # any floating dtype [N]
     partial_ptr,  # fp32 [splits, M, N_pad]

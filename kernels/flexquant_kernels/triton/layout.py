@@ -25,7 +25,8 @@ and every word is stored rotated left by 3 bits. So
   selection a word (the order of chunks in 1-bit planes is what makes it so);
 - a slice lies within one group, whatever the size of groups.
 
-Scales are fp16 [S, K_pad/g, N_pad, 2] (scale, offset): one width is one block of memory.
+Scales are fp16 [S, N_pad/16, K_pad/256, 16, 256/g, 2] (scale, offset): one width is one block of
+memory, tiled as the planes are.
 """
 
 from collections.abc import Sequence
@@ -137,7 +138,7 @@ def restore_plane(words: torch.Tensor, plane_width: int, n: int, k: int) -> torc
 
 
 def relay_scales(scales: torch.Tensor, k: int) -> torch.Tensor:
-    """Scales fp16 [N, K/g, S, 2] -> fp16 [S, K_pad/g, N_pad, 2]."""
+    """Scales fp16 [N, K/g, S, 2] -> fp16 [S, N_pad/16, K_pad/256, 16, 256/g, 2]."""
     if scales.dim() != 4 or scales.shape[3] != 2 or scales.dtype != torch.float16:
         raise ValueError(
             f"scales are {scales.dtype} {tuple(scales.shape)}: give float16 [N, K/g, S, 2]"
@@ -146,7 +147,8 @@ def relay_scales(scales: torch.Tensor, k: int) -> torch.Tensor:
     n_pad, k_pad = padded(n, k)
     more = k_pad * groups // k - groups
     whole = torch.nn.functional.pad(scales, (0, 0, 0, 0, 0, more, 0, n_pad - n))
-    return whole.permute(2, 1, 0, 3).contiguous()
+    tiles = whole.view(n_pad // TILE_ROWS, TILE_ROWS, k_pad // BLOCK_K, -1, *scales.shape[2:])
+    return tiles.permute(4, 0, 2, 1, 3, 5).contiguous()
 
 
 def relay(
