@@ -1,11 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
+# mypy: disable-error-code="no-untyped-def,assignment"
 """out[m, n] = bias[n] + sum_k x[m, k] * (scale * code + offset)[n, k], in one launch for any width.
 
-Inputs are those of ``layout.py``; the host side is ``linear.py``.
+Inputs are in the form that ``layout.py`` makes; the host side is ``linear.py``. For the tensor
+cores, weights are the left operand, [BN, k], and x the right one, so that 8 rows of x fill a tile.
+
+**Codes become numbers** by writing them into the mantissa of a constant, two at a time: with the
+field of w bits at the top of bf16's seven mantissa bits, ``2^e + 2^(e-w) * code`` is exact, and e
+gives the field its place in the code. In fp16 the field lies at the same bits, three below the top
+of ten. A code has at most two fields of at most 4 bits, the upper and the lower one; each is a
+product of its own on the same accumulator. What the constants add is the same for all weights of
+a width, TOO_LARGE, and leaves with the offset:
+
+    sum x * (scale * code + offset) = scale * sum x * number + (offset - scale * TOO_LARGE) * sum x
+
+group by group in fp32. The sum of x is one more product, with ones. Products are exact in fp32;
+sums round as the tensor cores do. An infinity in x gives NaN.
+
+**The width** is read on the device and chooses one of the bodies, which differ in nothing else;
+planes above it are not loaded. **Parts of K** write fp32 sums of their own; the last program to
+arrive at a tile adds them up in ascending order, so results do not depend on who is last.
+
+The layouts of tensors follow from the form of the words: two halves joined are neighbours in k, as
+the tensor core wants them in one register, so nothing is moved between unpacking and the product
+(compiled for sm_80 to sm_120; ``benchmarks/kernels/aot.py`` counts instructions). Untested on GPUs.
 """
 
 import triton
 import triton.language as tl
+
+INTERPRETED = triton.knobs.runtime.interpret
 
 _PAIR = tl.constexpr(0x00010001)  # the same 16 bits in both halves of a word
 
@@ -37,8 +61,12 @@ def _first_bit(field, chunk):
 def _slice(
     words, zero, FIRST: tl.constexpr, FIELD: tl.constexpr, UNIT: tl.constexpr, DTYPE: tl.constexpr
 ):
-    """Numbers [BN, 16] of the field at bit FIRST of each half (before the storage rotation)."""
-    BF16: tl.constexpr = DTYPE == tl.bfloat16
+    """Numbers [BN, 16] of the field at bit FIRST of each half (before the storage rotation).
+
+    ``zero`` is unknown to the compiler. With two constants, AND and OR were two instructions, as an
+    instruction takes one constant; with a register for the second they are one.
+    """
+    BF16: tl.constexpr = tl.bfloat16 == DTYPE
     E: tl.constexpr = _magic_exponent(FIELD, UNIT, BF16)
     MAGIC: tl.constexpr = ((E + 127) << 7) if BF16 else ((E + 15) << 10)
     MASK: tl.constexpr = ((1 << FIELD) - 1) << (7 - FIELD)
@@ -153,7 +181,10 @@ def _merge2(high, low):
 
 @triton.jit
 def _parts(planes, rows, block, blocks, LAYOUT: tl.constexpr, WIDTH: tl.constexpr):
-    """Words of the upper and of the lower part of the codes of a block; the lower is unused where there is none."""
+    """Words of the upper and of the lower bits of the codes of a block.
+
+    Where one part is the whole code, the second means nothing.
+    """
     if LAYOUT == 422:
         high = _load(planes[0], rows, block, blocks, 4)
         low = high
@@ -218,7 +249,7 @@ def _product(
     """fp32 [BN, BM]: the product over some blocks at one width."""
     M, K, n_pad = sizes
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    BF16: tl.constexpr = DTYPE == tl.bfloat16
+    BF16: tl.constexpr = tl.bfloat16 == DTYPE
     HIGH: tl.constexpr = 2 if (LAYOUT != 422 and WIDTH < 4) else 4
     LOW: tl.constexpr = WIDTH - HIGH
     PART_K: tl.constexpr = 32 if G == 32 else 64
@@ -230,9 +261,9 @@ def _product(
     STEP: tl.constexpr = 1 << (8 - WIDTH) if SHARED else 1
     # A width's scales are a block of memory; the sets may exceed 2^31 bytes together.
     start = (0 if SHARED else SET) * blocks.to(tl.int64) * (256 // G) * n_pad
-    acc = tl.zeros((BN, BM), tl.float32)
-    ag = tl.zeros((BN, BM), tl.float32)
-    xs = tl.zeros((BN, BM), tl.float32)
+    acc = tl.full((BN, BM), 0.0, tl.float32)
+    ag = tl.full((BN, BM), 0.0, tl.float32)
+    xs = tl.full((BN, BM), 0.0, tl.float32)
     of_block = _load_pairs(scales_ptr + start, rows, of_split[0], blocks, 256 // G)
     for block in range(of_split[0], of_split[1]):
         high, low = _parts(planes, rows, block, blocks, LAYOUT, WIDTH)
@@ -247,8 +278,8 @@ def _product(
                 other=0.0,
             )
             if part * PART_K % G == 0:
-                ag = tl.zeros((BN, BM), tl.float32)
-                xs = tl.zeros((BN, BM), tl.float32)
+                ag = tl.full((BN, BM), 0.0, tl.float32)
+                xs = tl.full((BN, BM), 0.0, tl.float32)
             ag = _dot(_operand(high, zero, part, PART_K, HIGH, LOW, DTYPE), x, ag, UPCAST)
             if LOW > 0:
                 ag = _dot(_operand(low, zero, part, PART_K, LOW, 0, DTYPE), x, ag, UPCAST)
@@ -282,11 +313,11 @@ def linear_kernel(
     p2,
     p3,
     p4,
-    scales_ptr,  # int32 [S, N_pad/16, K_pad/256, 16, 256/g]: a pair of fp16, the scale in the lower half
+    scales_ptr,  # int32 [S, N_pad/16, K_pad/256, 16, 256/g]: fp16 pairs, scale in the lower half
     width_ptr,  # int32 [1]
     bias_ptr,  # any floating dtype [N]
     partial_ptr,  # fp32 [splits, M, N_pad]
-    counters_ptr,  # int32 [>= N_pad/BN], zero before and after
+    counters_ptr,  # int32 [one a tile of out], zero before and after
     zero_ptr,  # int32 [1], zero: see _slice
     out_ptr,  # as x [M, N]
     M,
@@ -303,13 +334,13 @@ def linear_kernel(
     BN: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Grid (N_pad/BN, splits, ceil(M/BM)); with more than one split the last is 1."""
+    """Grid (ceil(M/BM), N_pad/BN, splits): programs that read the same planes start together."""
     width = tl.load(width_ptr)
-    zero = tl.load(zero_ptr + tl.zeros((1, 1), tl.int32)).to(tl.uint32, bitcast=True)
-    rows = tl.program_id(0) * BN + tl.arange(0, BN)
-    rm = tl.program_id(2) * BM + tl.arange(0, BM)
-    split = tl.program_id(1)
-    splits = tl.num_programs(1)
+    zero = tl.load(zero_ptr + tl.full((1, 1), 0, tl.int32)).to(tl.uint32, bitcast=True)
+    rows = tl.program_id(1) * BN + tl.arange(0, BN)
+    rm = tl.program_id(0) * BM + tl.arange(0, BM)
+    split = tl.program_id(2)
+    splits = tl.num_programs(2)
     planes = (p0, p1, p2, p3, p4)
     of_split = (split * blocks // splits, (split + 1) * blocks // splits)
     sizes = (M, K, n_pad)
@@ -381,16 +412,17 @@ def linear_kernel(
         stride = M.to(tl.int64) * n_pad
         tl.store(place + split * stride, acc, mask=(rm < M)[None, :])
         tl.debug_barrier()  # all threads have stored before one of them says so
-        arrived = tl.atomic_add(counters_ptr + tl.program_id(0), 1, sem="acq_rel")
+        counter = counters_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+        arrived = tl.atomic_add(counter, 1, sem="acq_rel")
         if arrived == splits - 1:
-            acc = tl.zeros((BN, BM), tl.float32)
+            acc = tl.full((BN, BM), 0.0, tl.float32)
             for s in range(splits):
                 acc += tl.load(
                     place + s * stride, mask=(rm < M)[None, :], other=0.0, cache_modifier=".cg"
                 )
             acc = _add_bias(acc, bias_ptr, rows, N, HAS_BIAS)
             tl.store(target, acc.to(out_ptr.dtype.element_ty), mask=mask)
-            tl.store(counters_ptr + tl.program_id(0), 0)
+            tl.store(counter, 0)
     else:
         acc = _add_bias(acc, bias_ptr, rows, N, HAS_BIAS)
         tl.store(target, acc.to(out_ptr.dtype.element_ty), mask=mask)

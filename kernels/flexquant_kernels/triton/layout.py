@@ -40,6 +40,8 @@ BLOCK_K = 256
 TILE_ROWS = 16
 PAD_ROWS = 64
 ROTATION = 3
+COUNTERS = 2
+"""Counters of a tile of 64 rows: one for each block of x whose K may be split."""
 
 _CHUNK_SHIFT = {4: (0, 0, 0, 0), 2: (0, 2, 0, 2), 1: (0, 2, 1, 3)}
 _ROWS_AT_A_TIME = 1 << 12
@@ -49,8 +51,9 @@ _ROWS_AT_A_TIME = 1 << 12
 class DeviceWeight:
     """One nested weight [n, k] on a device, in the form of this module.
 
-    planes: int32 each, most significant first; scales: fp16; counters: int32 [N_pad/64 + 1], zero
-    between launches (``linear.py``), hence one launch at a time for one weight.
+    planes: int32 each, most significant first; scales: fp16; counters: int32
+    [COUNTERS * N_pad/64 + 1], zero between launches and the last one always (``kernel.py``), so
+    that launches of one weight must not overlap.
     """
 
     planes: tuple[torch.Tensor, ...]
@@ -180,7 +183,9 @@ def relay(
     return DeviceWeight(
         tuple(relay_plane(p, w, k) for p, w in zip(planes, widths, strict=True)),
         relay_scales(scales, k),
-        torch.zeros(padded(n, k)[0] // PAD_ROWS + 1, dtype=torch.int32, device=scales.device),
+        torch.zeros(
+            padded(n, k)[0] // PAD_ROWS * COUNTERS + 1, dtype=torch.int32, device=scales.device
+        ),
         widths,
         group_size,
         n,

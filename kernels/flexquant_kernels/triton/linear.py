@@ -4,18 +4,19 @@
 from functools import cache
 
 import torch
-import triton
 
-from .kernel import linear_kernel
-from .layout import BLOCK_K, TILE_ROWS, DeviceWeight
+from .kernel import INTERPRETED, linear_kernel
+from .layout import BLOCK_K, COUNTERS, TILE_ROWS, DeviceWeight
 
 DTYPES = (torch.bfloat16, torch.float16)
-MAX_ROWS = 64
-"""Rows of x that one program takes; more rows take more programs, which read the planes again."""
+BN = 64
+WARPS = {8: 2, 16: 4, 32: 4}
+"""Rows of x that one program takes, and its warps. Further rows take further programs, which read
+the planes again: compiled with 64 rows, the kernel spilled registers."""
+STAGES = 2
+MAX_BLOCK = max(WARPS)
+MAX_SPLIT_ROWS = COUNTERS * MAX_BLOCK
 
-_BN = 64
-_WARPS = 2
-_STAGES = 2
 _PROGRAMS_PER_PROCESSOR = 4
 
 
@@ -27,15 +28,15 @@ def _processors(device: torch.device) -> int:
 
 
 def row_block(rows: int) -> int:
-    """Rows of a program's tile: 8, 16, 32 or 64."""
-    return next((b for b in (8, 16, 32) if rows <= b), MAX_ROWS)
+    """Rows of x in a program's tile."""
+    return next((b for b in WARPS if rows <= b), MAX_BLOCK)
 
 
 def choose_splits(rows: int, n: int, k: int, processors: int) -> int:
     """Parts of K that programs of their own take; from shapes and device alone, never the width."""
-    if rows > MAX_ROWS:
+    if rows > MAX_SPLIT_ROWS:
         return 1
-    tiles = -(-n // _BN)
+    tiles = -(-n // BN) * -(-rows // row_block(rows))
     blocks = -(-k // BLOCK_K)
     return max(1, min(blocks, _PROGRAMS_PER_PROCESSOR * processors // tiles))
 
@@ -94,8 +95,9 @@ def linear(
     rows = x.numel() // weight.k
     if splits is None:
         splits = choose_splits(rows, weight.n, weight.k, _processors(x.device))
-    elif rows > MAX_ROWS and splits > 1:
-        raise ValueError(f"splits is {splits} for {rows} rows: above {MAX_ROWS} rows give 1")
+    most = -(-weight.k // BLOCK_K) if rows <= MAX_SPLIT_ROWS else 1
+    if not 1 <= splits <= most:
+        raise ValueError(f"splits is {splits} for {rows} rows, k = {weight.k}: give 1 to {most}")
     bm = row_block(rows)
     n_pad = weight.planes[0].shape[0] * TILE_ROWS
     partial = (
@@ -104,7 +106,7 @@ def linear(
         else out
     )
     planes = [*weight.planes, *[weight.planes[0]] * (5 - len(weight.planes))]
-    linear_kernel[(n_pad // _BN, splits, -(-rows // bm))](
+    linear_kernel[(-(-rows // bm), n_pad // BN, splits)](
         x,
         *planes,
         weight.scales.view(torch.int32),
@@ -125,9 +127,9 @@ def linear(
         SPLIT=splits > 1,
         G=weight.group_size,
         BM=bm,
-        BN=_BN,
-        UPCAST=triton.knobs.runtime.interpret,
-        num_warps=_WARPS,
-        num_stages=_STAGES,
+        BN=BN,
+        UPCAST=INTERPRETED,
+        num_warps=WARPS[bm],
+        num_stages=STAGES,
     )
     return out
