@@ -6,16 +6,17 @@ Inputs are in the form that ``layout.py`` makes; the host side is ``linear.py``.
 cores, weights are the left operand, [BN, k], and x the right one, so that 8 rows of x fill a tile.
 
 **Codes become numbers** by writing them into the mantissa of a constant, two at a time: with the
-field of w bits at the top of bf16's seven mantissa bits, ``2^e + 2^(e-w) * code`` is exact, and e
-gives the field its place in the code. In fp16 the field lies at the same bits, three below the top
-of ten. A code has at most two fields of at most 4 bits, the upper and the lower one; each is a
-product of its own on the same accumulator. What the constants add is the same for all weights of
-a width, TOO_LARGE, and leaves with the offset:
+lowest bit of the field at bit p of m mantissa bits, ``2^e + 2^(e+p-m) * code`` is exact, and e
+gives the field its place in the code. Fields lie at bits 3 to 6. Of bf16's mantissa these are the
+upper ones, so little is added: at most 16 times the field's unit, 128 times in fp16. A code has at
+most two fields of up to 4 bits, its upper and its lower part; each is a product of its own on the
+same accumulator. What the constants add, the excess, is the same for all weights of a chunk, and
+leaves with the offset, group by group in fp32:
 
-    sum x * (scale * code + offset) = scale * sum x * number + (offset - scale * TOO_LARGE) * sum x
+    sum x * (scale * code + offset) = scale * sum x * number + (offset - scale * excess) * sum x
 
-group by group in fp32. The sum of x is one more product, with ones. Products are exact in fp32;
-sums round as the tensor cores do. An infinity in x gives NaN.
+The sum of x is one more product, with ones. Products are exact in fp32; sums round as the tensor
+cores do. An infinity in x gives NaN.
 
 **The width** is read on the device and chooses one of the bodies, which differ in nothing else;
 planes above it are not loaded. **Parts of K** write fp32 sums of their own; the last program to
@@ -42,14 +43,8 @@ def _rotate(words, RIGHT: tl.constexpr):
 
 
 @triton.constexpr_function
-def _magic_exponent(field, unit, bf16):
-    """log2 of what a field's number is too large by; the number is that plus 2^unit * code."""
-    return field + unit if bf16 else field + unit + 3
-
-
-@triton.constexpr_function
-def _first_bit(field, chunk):
-    """Where the fields of a chunk start in its words (``layout.py``)."""
+def _shift(field, chunk):
+    """How far the fields of a chunk lie above bit 3 of a half: ``layout.py``."""
     if field == 4:
         return 0
     if field == 2:
@@ -57,21 +52,33 @@ def _first_bit(field, chunk):
     return chunk // 2 + 2 * (chunk % 2)
 
 
+@triton.constexpr_function
+def _exponent(field, unit, chunk, bf16):
+    """e of a field with the value 2^unit * code; ``_shift`` says where in the mantissa it lies."""
+    return unit + (4 if bf16 else 7) - _shift(field, chunk)
+
+
+@triton.constexpr_function
+def _excess(high, low, chunk, bf16):
+    """What the numbers of both parts of a code are too large by, together."""
+    excess = 1 << _exponent(high, low, chunk, bf16)
+    return excess + (1 << _exponent(low, 0, chunk, bf16)) if low else excess
+
+
+@triton.constexpr_function
+def _same_excess(high, low):
+    """Whether that is the same in all chunks."""
+    return high == 4 and low in (0, 4)
+
+
 @triton.jit
-def _slice(
-    words, zero, FIRST: tl.constexpr, FIELD: tl.constexpr, UNIT: tl.constexpr, DTYPE: tl.constexpr
-):
-    """Numbers [BN, 16] of the field at bit FIRST of each half (before the storage rotation).
+def _slice(words, zero, SLICE: tl.constexpr, MASK: tl.constexpr, MAGIC: tl.constexpr, DTYPE):
+    """Numbers [BN, 16] of a slice of a chunk.
 
     ``zero`` is unknown to the compiler. With two constants, AND and OR were two instructions, as an
     instruction takes one constant; with a register for the second they are one.
     """
-    BF16: tl.constexpr = tl.bfloat16 == DTYPE
-    E: tl.constexpr = _magic_exponent(FIELD, UNIT, BF16)
-    MAGIC: tl.constexpr = ((E + 127) << 7) if BF16 else ((E + 15) << 10)
-    MASK: tl.constexpr = ((1 << FIELD) - 1) << (7 - FIELD)
-    moved = _rotate(words, FIRST + 3 - (7 - FIELD))
-    pair = (moved & (MASK * _PAIR)) | (zero + MAGIC * _PAIR)
+    pair = (_rotate(words, 4 * SLICE) & MASK) | (zero + MAGIC)
     low = pair.to(tl.uint16).to(DTYPE, bitcast=True)
     high = (pair >> 16).to(tl.uint16).to(DTYPE, bitcast=True)
     return tl.reshape(tl.join(low, high), (words.shape[0], 16))
@@ -90,15 +97,19 @@ def _operand(
     """Numbers [BN, PART_K] of one part of a block."""
     BN: tl.constexpr = words[0].shape[0]
     CHUNK: tl.constexpr = PART * PART_K // 64
-    FIRST: tl.constexpr = _first_bit(FIELD, CHUNK) + PART * PART_K // 4 % 16
+    SLICE: tl.constexpr = PART * PART_K // 16 % 4
+    BF16: tl.constexpr = tl.bfloat16 == DTYPE
+    E: tl.constexpr = _exponent(FIELD, UNIT, CHUNK, BF16)
+    MAGIC: tl.constexpr = (((E + 127) << 7) if BF16 else ((E + 15) << 10)) * _PAIR
+    MASK: tl.constexpr = (((1 << FIELD) - 1) << (3 + _shift(FIELD, CHUNK))) * _PAIR
     w = words[CHUNK * FIELD // 4]
-    a = _slice(w, zero, FIRST, FIELD, UNIT, DTYPE)
-    b = _slice(w, zero, FIRST + 4, FIELD, UNIT, DTYPE)
+    a = _slice(w, zero, SLICE, MASK, MAGIC, DTYPE)
+    b = _slice(w, zero, SLICE + 1, MASK, MAGIC, DTYPE)
     if PART_K == 32:
         out = tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), (BN, 32))
     else:
-        c = _slice(w, zero, FIRST + 8, FIELD, UNIT, DTYPE)
-        d = _slice(w, zero, FIRST + 12, FIELD, UNIT, DTYPE)
+        c = _slice(w, zero, SLICE + 2, MASK, MAGIC, DTYPE)
+        d = _slice(w, zero, SLICE + 3, MASK, MAGIC, DTYPE)
         four = tl.join(tl.join(a, b), tl.join(c, d))
         out = tl.reshape(tl.permute(four, (0, 3, 2, 1)), (BN, 64))
     return out
@@ -242,6 +253,7 @@ def _product(
     SET: tl.constexpr,
     SHARED: tl.constexpr,
     G: tl.constexpr,
+    EVEN_K: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -255,9 +267,8 @@ def _product(
     PART_K: tl.constexpr = 32 if G == 32 else 64
     half = tl.full((BN, PART_K // 2), 1.0, tl.float32).to(DTYPE)
     ones = tl.reshape(tl.join(half, half), (BN, PART_K))
-    TOO_LARGE: tl.constexpr = (1 << _magic_exponent(HIGH, LOW, BF16)) + (
-        (1 << _magic_exponent(LOW, 0, BF16)) if LOW else 0
-    )
+    # Parts of K whose sum of x is multiplied at once.
+    SUM_K: tl.constexpr = G if _same_excess(HIGH, LOW) else PART_K
     STEP: tl.constexpr = 1 << (8 - WIDTH) if SHARED else 1
     # A width's scales are a block of memory; the sets may exceed 2^31 bytes together.
     start = (0 if SHARED else SET) * blocks.to(tl.int64) * (256 // G) * n_pad
@@ -272,29 +283,29 @@ def _product(
         of_block = _load_pairs(scales_ptr + start, rows, following, blocks, 256 // G)
         for part in tl.static_range(256 // PART_K):
             rk = block * 256 + part * PART_K + tl.arange(0, PART_K)
-            x = tl.load(
-                x_ptr + rm.to(tl.int64)[:, None] * K + rk[None, :],
-                mask=(rm < M)[:, None] & (rk < K)[None, :],
-                other=0.0,
-            )
+            mask = (rm < M)[:, None]
+            if not EVEN_K:
+                mask = mask & (rk < K)[None, :]
+            x = tl.load(x_ptr + rm.to(tl.int64)[:, None] * K + rk[None, :], mask=mask, other=0.0)
             if part * PART_K % G == 0:
                 ag = tl.full((BN, BM), 0.0, tl.float32)
+                pair = pairs[part * PART_K // G]
+                scale = pair.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+                offset = (pair >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+                if SHARED:
+                    offset += scale * ((STEP - 1) / 2)
+                    scale *= STEP
+            if part * PART_K % SUM_K == 0:
                 xs = tl.full((BN, BM), 0.0, tl.float32)
             ag = _dot(_operand(high, zero, part, PART_K, HIGH, LOW, DTYPE), x, ag, UPCAST)
             if LOW > 0:
                 ag = _dot(_operand(low, zero, part, PART_K, LOW, 0, DTYPE), x, ag, UPCAST)
             xs = _dot(ones, x, xs, UPCAST)
+            if (part + 1) * PART_K % SUM_K == 0:
+                less = offset - scale * _excess(HIGH, LOW, part * PART_K // 64, BF16)
+                acc = tl.fma(less[:, None], xs, acc)
             if (part + 1) * PART_K % G == 0:
-                pair = pairs[part * PART_K // G]
-                scale = pair.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-                offset = (pair >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-                if SHARED:
-                    offset += scale * ((STEP - 1) / 2 - TOO_LARGE * STEP)
-                    scale *= STEP
-                else:
-                    offset -= scale * TOO_LARGE
-                acc += scale[:, None] * ag
-                acc += offset[:, None] * xs
+                acc = tl.fma(scale[:, None], ag, acc)
     return acc
 
 
@@ -330,6 +341,7 @@ def linear_kernel(
     HAS_BIAS: tl.constexpr,
     SPLIT: tl.constexpr,
     G: tl.constexpr,
+    EVEN_K: tl.constexpr,  # K == K_pad
     BM: tl.constexpr,
     BN: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -350,59 +362,59 @@ def linear_kernel(
         if width <= 4:
             acc = _product(
                 x_ptr, planes, scales_ptr, zero, rows, rm, blocks, of_split, sizes,
-                LAYOUT, 4, 0, SHARED, G, BM, BN, UPCAST,
+                LAYOUT, 4, 0, SHARED, G, EVEN_K, BM, BN, UPCAST,
             )
         elif width <= 6:
             acc = _product(
                 x_ptr, planes, scales_ptr, zero, rows, rm, blocks, of_split, sizes,
-                LAYOUT, 6, 1, SHARED, G, BM, BN, UPCAST,
+                LAYOUT, 6, 1, SHARED, G, EVEN_K, BM, BN, UPCAST,
             )
         else:
             acc = _product(
                 x_ptr, planes, scales_ptr, zero, rows, rm, blocks, of_split, sizes,
-                LAYOUT, 8, 2, SHARED, G, BM, BN, UPCAST,
+                LAYOUT, 8, 2, SHARED, G, EVEN_K, BM, BN, UPCAST,
             )
     elif LAYOUT == 224:
         if width <= 2:
             acc = _product(
                 x_ptr, planes, scales_ptr, zero, rows, rm, blocks, of_split, sizes,
-                LAYOUT, 2, 0, SHARED, G, BM, BN, UPCAST,
+                LAYOUT, 2, 0, SHARED, G, EVEN_K, BM, BN, UPCAST,
             )
         elif width <= 4:
             acc = _product(
                 x_ptr, planes, scales_ptr, zero, rows, rm, blocks, of_split, sizes,
-                LAYOUT, 4, 1, SHARED, G, BM, BN, UPCAST,
+                LAYOUT, 4, 1, SHARED, G, EVEN_K, BM, BN, UPCAST,
             )
         else:
             acc = _product(
                 x_ptr, planes, scales_ptr, zero, rows, rm, blocks, of_split, sizes,
-                LAYOUT, 8, 2, SHARED, G, BM, BN, UPCAST,
+                LAYOUT, 8, 2, SHARED, G, EVEN_K, BM, BN, UPCAST,
             )
     else:
         if width <= 2:
             acc = _product(
                 x_ptr, planes, scales_ptr, zero, rows, rm, blocks, of_split, sizes,
-                LAYOUT, 2, 0, SHARED, G, BM, BN, UPCAST,
+                LAYOUT, 2, 0, SHARED, G, EVEN_K, BM, BN, UPCAST,
             )
         elif width <= 3:
             acc = _product(
                 x_ptr, planes, scales_ptr, zero, rows, rm, blocks, of_split, sizes,
-                LAYOUT, 3, 1, SHARED, G, BM, BN, UPCAST,
+                LAYOUT, 3, 1, SHARED, G, EVEN_K, BM, BN, UPCAST,
             )
         elif width <= 4:
             acc = _product(
                 x_ptr, planes, scales_ptr, zero, rows, rm, blocks, of_split, sizes,
-                LAYOUT, 4, 2, SHARED, G, BM, BN, UPCAST,
+                LAYOUT, 4, 2, SHARED, G, EVEN_K, BM, BN, UPCAST,
             )
         elif width <= 6:
             acc = _product(
                 x_ptr, planes, scales_ptr, zero, rows, rm, blocks, of_split, sizes,
-                LAYOUT, 6, 3, SHARED, G, BM, BN, UPCAST,
+                LAYOUT, 6, 3, SHARED, G, EVEN_K, BM, BN, UPCAST,
             )
         else:
             acc = _product(
                 x_ptr, planes, scales_ptr, zero, rows, rm, blocks, of_split, sizes,
-                LAYOUT, 8, 4, SHARED, G, BM, BN, UPCAST,
+                LAYOUT, 8, 4, SHARED, G, EVEN_K, BM, BN, UPCAST,
             )
     # fmt: on
     mask = (rows < N)[:, None] & (rm < M)[None, :]

@@ -14,6 +14,7 @@ WARPS = {8: 2, 16: 4, 32: 4}
 """Rows of x that one program takes, and its warps. Further rows take further programs, which read
 the planes again: compiled with 64 rows, the kernel spilled registers."""
 STAGES = 2
+AMD = torch.version.hip is not None
 MAX_BLOCK = max(WARPS)
 MAX_SPLIT_ROWS = COUNTERS * MAX_BLOCK
 
@@ -27,16 +28,16 @@ def _processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def row_block(rows: int) -> int:
-    """Rows of x in a program's tile."""
-    return next((b for b in WARPS if rows <= b), MAX_BLOCK)
+def row_block(rows: int, amd: bool) -> int:
+    """Rows of x in a program's tile; AMD's matrix products take 16 at least."""
+    return next((b for b in WARPS if rows <= b and not (amd and b < 16)), MAX_BLOCK)
 
 
 def choose_splits(rows: int, n: int, k: int, processors: int) -> int:
     """Parts of K that programs of their own take; from shapes and device alone, never the width."""
     if rows > MAX_SPLIT_ROWS:
         return 1
-    tiles = -(-n // BN) * -(-rows // row_block(rows))
+    tiles = -(-n // BN) * -(-rows // row_block(rows, AMD))
     blocks = -(-k // BLOCK_K)
     return max(1, min(blocks, _PROGRAMS_PER_PROCESSOR * processors // tiles))
 
@@ -98,7 +99,7 @@ def linear(
     most = -(-weight.k // BLOCK_K) if rows <= MAX_SPLIT_ROWS else 1
     if not 1 <= splits <= most:
         raise ValueError(f"splits is {splits} for {rows} rows, k = {weight.k}: give 1 to {most}")
-    bm = row_block(rows)
+    bm = row_block(rows, AMD)
     n_pad = weight.planes[0].shape[0] * TILE_ROWS
     partial = (
         torch.empty(splits, rows, n_pad, dtype=torch.float32, device=x.device)
@@ -126,6 +127,7 @@ def linear(
         HAS_BIAS=bias is not None,
         SPLIT=splits > 1,
         G=weight.group_size,
+        EVEN_K=weight.k % BLOCK_K == 0,
         BM=bm,
         BN=BN,
         UPCAST=INTERPRETED,
