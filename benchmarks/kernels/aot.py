@@ -69,11 +69,11 @@ VARIANTS = [
 
 
 def variants(target: str, quick: bool) -> list[Variant]:
-    """What is compiled for a target: on AMD the launcher gives a program 16 rows at least."""
-    wanted = QUICK if quick else VARIANTS
-    if not target.startswith("gfx"):
-        return wanted
-    return list(dict.fromkeys(replace(v, rows=max(v.rows, 16)) for v in wanted))
+    """What is compiled for a target: with the rows that the launcher gives a program there."""
+    from flexquant_kernels.triton.linear import row_block
+
+    fitted = (replace(v, rows=row_block(v.rows, target)) for v in (QUICK if quick else VARIANTS))
+    return list(dict.fromkeys(fitted))
 
 
 def compiled(variant: Variant, target: str) -> tuple[Any, int, int]:

@@ -138,12 +138,12 @@ def test_splits_of_k_are_added_in_order(gpu, relaid) -> None:
 def test_splits_depend_on_shapes_alone(gpu) -> None:
     from flexquant_kernels.triton.linear import choose_splits
 
-    assert choose_splits(1, 4096, 4096, 132) == 8
-    assert choose_splits(1, 28672, 4096, 132) == 1
-    assert choose_splits(1, 64, 512, 132) == 2
-    assert choose_splits(64, 4096, 4096, 132) == 4
-    assert choose_splits(65, 64, 4096, 132) == 1
-    assert choose_splits(1, 64, 4096, 1) == 4
+    assert choose_splits(1, 8, 4096, 4096, 132) == 8
+    assert choose_splits(1, 8, 28672, 4096, 132) == 1
+    assert choose_splits(1, 8, 64, 512, 132) == 2
+    assert choose_splits(64, 32, 4096, 4096, 132) == 4
+    assert choose_splits(65, 32, 64, 4096, 132) == 1
+    assert choose_splits(1, 8, 64, 4096, 1) == 4
 
 
 def test_width_is_read_at_the_launch_and_clamped(gpu, relaid) -> None:

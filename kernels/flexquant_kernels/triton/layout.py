@@ -40,8 +40,8 @@ BLOCK_K = 256
 TILE_ROWS = 16
 PAD_ROWS = 64
 ROTATION = 3
-COUNTERS = 2
-"""Counters of a tile of 64 rows: one for each block of x whose K may be split."""
+COUNTERS = 8
+"""Counters of a tile of 64 rows: one for each block of rows of x, of at least 8, if K is split."""
 
 _CHUNK_SHIFT = {4: (0, 0, 0, 0), 2: (0, 2, 0, 2), 1: (0, 2, 1, 3)}
 _ROWS_AT_A_TIME = 1 << 12

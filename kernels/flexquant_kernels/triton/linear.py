@@ -11,12 +11,9 @@ from .layout import BLOCK_K, COUNTERS, TILE_ROWS, DeviceWeight
 DTYPES = (torch.bfloat16, torch.float16)
 BN = 64
 WARPS = {8: 2, 16: 4, 32: 4}
-"""Rows of x that one program takes, and its warps. Further rows take further programs, which read
-the planes again: compiled with 64 rows, the kernel spilled registers."""
+"""Rows of x that one program takes, and its warps."""
 STAGES = 2
-AMD = torch.version.hip is not None
-MAX_BLOCK = max(WARPS)
-MAX_SPLIT_ROWS = COUNTERS * MAX_BLOCK
+MAX_SPLIT_ROWS = 8 * COUNTERS
 
 _PROGRAMS_PER_PROCESSOR = 4
 
@@ -28,16 +25,41 @@ def _processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def row_block(rows: int, amd: bool) -> int:
-    """Rows of x in a program's tile; AMD's matrix products take 16 at least."""
-    return next((b for b in WARPS if rows <= b and not (amd and b < 16)), MAX_BLOCK)
+def row_blocks(target: str) -> tuple[int, ...]:
+    """Rows that a program may take on sm_90, gfx942, ...; further rows take further programs.
+
+    By what was compiled: with 64 rows, or on sm_120 with 32, the kernel spills registers. On sm_100
+    four warps bring in its other tensor cores, which unpacked weights do not reach from registers.
+    AMD's matrix products take 16 rows at least.
+    """
+    if target.startswith("gfx"):
+        return (16, 32)
+    return {"sm_100": (8,), "sm_103": (8,), "sm_120": (8, 16), "sm_121": (8, 16)}.get(
+        target, tuple(WARPS)
+    )
 
 
-def choose_splits(rows: int, n: int, k: int, processors: int) -> int:
+@cache
+def _target(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "none"
+    if torch.version.hip is not None:
+        return "gfx"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def row_block(rows: int, target: str) -> int:
+    """Rows of x in a program's tile."""
+    blocks = row_blocks(target)
+    return next((b for b in blocks if rows <= b), blocks[-1])
+
+
+def choose_splits(rows: int, bm: int, n: int, k: int, processors: int) -> int:
     """Parts of K that programs of their own take; from shapes and device alone, never the width."""
     if rows > MAX_SPLIT_ROWS:
         return 1
-    tiles = -(-n // BN) * -(-rows // row_block(rows, AMD))
+    tiles = -(-n // BN) * -(-rows // bm)
     blocks = -(-k // BLOCK_K)
     return max(1, min(blocks, _PROGRAMS_PER_PROCESSOR * processors // tiles))
 
@@ -94,13 +116,13 @@ def linear(
     if out.numel() == 0:
         return out
     rows = x.numel() // weight.k
+    bm = row_block(rows, _target(x.device))
     if splits is None:
-        splits = choose_splits(rows, weight.n, weight.k, _processors(x.device))
+        splits = choose_splits(rows, bm, weight.n, weight.k, _processors(x.device))
     most = -(-weight.k // BLOCK_K) if rows <= MAX_SPLIT_ROWS else 1
     if not 1 <= splits <= most:
         raise ValueError(f"splits is {splits} for {rows} rows, k = {weight.k}: give 1 to {most}")
-    bm = row_block(rows, AMD)
-    n_pad = weight.planes[0].shape[0] * TILE_ROWS
+        n_pad = weight.planes[0].shape[0] * TILE_ROWS
     partial = (
         torch.empty(splits, rows, n_pad, dtype=torch.float32, device=x.device)
         if splits > 1
