@@ -122,7 +122,7 @@ def linear(
     most = -(-weight.k // BLOCK_K) if rows <= MAX_SPLIT_ROWS else 1
     if not 1 <= splits <= most:
         raise ValueError(f"splits is {splits} for {rows} rows, k = {weight.k}: give 1 to {most}")
-        n_pad = weight.planes[0].shape[0] * TILE_ROWS
+    n_pad = weight.planes[0].shape[0] * TILE_ROWS
     partial = (
         torch.empty(splits, rows, n_pad, dtype=torch.float32, device=x.device)
         if splits > 1
