@@ -7,29 +7,19 @@ cores, of races or of registers; ``benchmarks/kernels/aot.py`` compiles for GPUs
 
 from collections.abc import Callable
 from dataclasses import replace
-from types import ModuleType
 
 import pytest
 import torch
 
 import flexquant_kernels as fk
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
 LAYOUTS = [(4, 2, 2), (2, 2, 4), (2, 1, 1, 2, 2)]
 DTYPES = [torch.bfloat16, torch.float16]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
-
-
-@pytest.fixture(scope="module")
-def gpu() -> ModuleType:
-    """flexquant_kernels.triton, interpreted where there is no GPU."""
-    with triton.knobs.runtime.scope():
-        triton.knobs.runtime.interpret = DEVICE == "cpu"
-        import flexquant_kernels.triton as module
-    return module
 
 
 @pytest.fixture(scope="module")
