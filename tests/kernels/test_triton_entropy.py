@@ -133,4 +133,4 @@ def test_bad_inputs_say_what_to_do(gpu, device) -> None:
     refused(r"slots is torch.int64 \(1,\).* give .*\[2\]", logits, index[:1], average, seen)
     refused(r"strides \(2,\): give a contiguous", logits, index, average.repeat(2)[::2], seen)
     refused(r"seen is torch.bool \(2,\).* give .*\[3\]", logits, index, average, seen[:2])
-    refused("average is on meta but the logits on", logits, index, average.to("meta"), seen)
+    refused("average is on meta but must be on", logits, index, average.to("meta"), seen)

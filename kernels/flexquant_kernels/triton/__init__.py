@@ -1,11 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton kernels for GPUs: device form of a weight, the linear layer over it, entropy of logits.
+"""Triton kernels for GPUs: the linear layer over nested weights, and what chooses its width.
 
 Importing this needs triton, which the packages do not: import it where a kernel is launched.
 """
 
+from .decision import DecisionState, Rules, decide, make_state
 from .entropy import entropy, track_entropy
 from .layout import DeviceWeight, relay
 from .linear import linear
 
-__all__ = ["DeviceWeight", "entropy", "linear", "relay", "track_entropy"]
+__all__ = [
+    "DecisionState",
+    "DeviceWeight",
+    "Rules",
+    "decide",
+    "entropy",
+    "linear",
+    "make_state",
+    "relay",
+    "track_entropy",
+]

@@ -17,12 +17,14 @@ import torch
 import triton
 import triton.language as tl
 
+from .checks import check_tensor
+
 CHUNK = 8192
 CHUNK_WARPS = 8
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@triton.jit(do_not_specialize=["V"], do_not_specialize_on_alignment=["logits_ptr"])
+@triton.jit
 def chunk_kernel(
     logits_ptr,  # fp32, bf16 or fp16 [rows, V], any strides
     partial_ptr,  # fp32 [rows, chunks, 3]: m, s, t
@@ -123,13 +125,7 @@ def track_entropy(
         ("average", average, torch.float32, len(average)),
         ("seen", seen, torch.bool, len(average)),
     ):
-        if t.dtype != dtype or tuple(t.shape) != (length,) or not t.is_contiguous():
-            raise ValueError(
-                f"{name} is {t.dtype} {tuple(t.shape)}, strides {t.stride()}: "
-                f"give a contiguous {dtype} [{length}]"
-            )
-        if t.device != logits.device:
-            raise ValueError(f"{name} is on {t.device} but the logits on {logits.device}: move one")
+        check_tensor(name, t, dtype, (length,), logits.device)
     return _entropy(logits, slots, average, seen, decay)
 
 
