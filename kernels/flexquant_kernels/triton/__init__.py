@@ -8,15 +8,18 @@ from .decision import DecisionState, Rules, decide, make_state
 from .entropy import entropy, track_entropy
 from .layout import DeviceWeight, relay
 from .linear import linear
+from .probe import ProbeState, probe
 
 __all__ = [
     "DecisionState",
     "DeviceWeight",
+    "ProbeState",
     "Rules",
     "decide",
     "entropy",
     "linear",
     "make_state",
+    "probe",
     "relay",
     "track_entropy",
 ]
