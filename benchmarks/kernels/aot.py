@@ -70,7 +70,7 @@ VARIANTS = [
 
 def variants(target: str, quick: bool) -> list[Variant]:
     """What is compiled for a target: with the rows that the launcher gives a program there."""
-    from flexquant_kernels.triton.linear import row_block
+    from flexquant_kernels.triton.tuning import row_block
 
     fitted = (replace(v, rows=row_block(v.rows, target)) for v in (QUICK if quick else VARIANTS))
     return list(dict.fromkeys(fitted))
@@ -83,7 +83,8 @@ def compiled(variant: Variant, target: str) -> tuple[Any, int, int]:
     from triton.compiler import ASTSource
 
     from flexquant_kernels.triton.kernel import linear_kernel
-    from flexquant_kernels.triton.linear import BN, STAGES, WARPS
+    from flexquant_kernels.triton.linear import BN
+    from flexquant_kernels.triton.tuning import STAGES, WARPS
 
     constants = {
         "LAYOUT": int("".join(map(str, variant.layout))),
@@ -100,7 +101,7 @@ def compiled(variant: Variant, target: str) -> tuple[Any, int, int]:
     types |= {"counters_ptr": "*i32", "zero_ptr": "*i32", "partial_ptr": "*fp32"}
     types |= dict.fromkeys(("x_ptr", "bias_ptr", "out_ptr"), f"*{variant.dtype}")
     # What the launcher's tensors have, and Triton finds: K is a multiple of 32, N_pad of 64.
-    unaligned = {"M", "N", "blocks", "zero_ptr", "width_ptr"}
+    unaligned = {"M", "N", "blocks", "top", "zero_ptr", "width_ptr", "bias_ptr"}
     signature: dict[str, str] = {}
     constexprs: dict[tuple[int], Any] = {}
     attributes: dict[tuple[int], Any] = {}

@@ -3,7 +3,6 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import ModuleType
 
 import pytest
 import torch
@@ -94,31 +93,6 @@ def _make_weight(
 @pytest.fixture(scope="session")
 def make_weight() -> Callable[..., Weight]:
     return _make_weight
-
-
-@pytest.fixture(scope="session")
-def device() -> torch.device:
-    """Where the Triton kernels run: a GPU, or the CPU in Triton's interpreter."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@pytest.fixture(scope="session")
-def gpu(device: torch.device) -> Iterator[ModuleType]:
-    """flexquant_kernels.triton, interpreted where there is no GPU."""
-    triton = pytest.importorskip("triton")
-    # a launch would import it, and find functions replaced
-    pytest.importorskip("triton.experimental.gluon")
-    interpreted = device.type == "cpu"
-    with pytest.MonkeyPatch.context() as patch:
-        with triton.knobs.runtime.scope():
-            triton.knobs.runtime.interpret = interpreted
-            # sum and max were made for a GPU when triton was imported, which may be long ago
-            for module in (triton.language, triton.language.standard) if interpreted else ():
-                for name, value in list(vars(module).items()):
-                    if isinstance(value, triton.JITFunction):
-                        patch.setattr(module, name, triton.jit(value.fn))
-            import flexquant_kernels.triton as kernels
-        yield kernels
 
 
 @pytest.fixture(scope="session")

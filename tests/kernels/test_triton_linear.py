@@ -118,22 +118,59 @@ def test_splits_of_k_are_added_in_order(gpu, relaid) -> None:
     for rows in (1, 37):
         x = _x(rows, weight.k).half()
         for splits in (1, 2, 3):
-            got = gpu.linear(x.to(DEVICE), device, _width(6), splits=splits)
+            launch = gpu.Launch(8, splits, 2, 2)
+            got = gpu.linear(x.to(DEVICE), device, _width(6), launch=launch)
             _check(got, x, weight, 6)
-            again = gpu.linear(x.to(DEVICE), device, _width(6), splits=splits)
+            again = gpu.linear(x.to(DEVICE), device, _width(6), launch=launch)
             assert torch.equal(got, again)
             assert not device.counters.any()
 
 
-def test_splits_depend_on_shapes_alone(gpu) -> None:
-    from flexquant_kernels.triton.linear import choose_splits
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_many_rows_take_a_weight_that_is_dequantized(
+    gpu, relaid, monkeypatch, layout, dtype
+) -> None:
+    from flexquant_kernels.triton import linear as function
+    from flexquant_kernels.triton import tuning
 
-    assert choose_splits(1, 8, 4096, 4096, 132) == 8
-    assert choose_splits(1, 8, 28672, 4096, 132) == 1
-    assert choose_splits(1, 8, 64, 512, 132) == 2
-    assert choose_splits(64, 32, 4096, 4096, 132) == 4
-    assert choose_splits(65, 32, 64, 4096, 132) == 1
-    assert choose_splits(1, 8, 64, 4096, 1) == 4
+    rows = tuning.DEQUANTIZE_ABOVE + 1
+    monkeypatch.setitem(function.__globals__, "SLICE_WEIGHTS", 300 * 64)  # slices of 64 outputs
+    weight, device = relaid(70, 288, 32, layout)
+    x, bias = _x(rows, 288).to(dtype), _x(70)
+    _check(gpu.linear(x.to(DEVICE), device, _width(4)), x, weight, 4)
+    _check(gpu.linear(x.to(DEVICE), device, _width(99), bias.to(DEVICE)), x, weight, 8, bias)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_dequantized_weights(gpu, relaid, layout) -> None:
+    from flexquant_kernels.triton.dequantize import dequantize
+
+    for n, k, group_size, shared, dtype, bound in (
+        (70, 288, 32, False, torch.bfloat16, 2**-7),
+        (65, 256, 128, True, torch.float16, 2**-10),
+    ):
+        weight, device = relaid(n, k, group_size, layout, shared)
+        for width in weight.widths:
+            want = fk.dequantize(weight.planes, weight.scales, layout, width, group_size, n)
+            got = dequantize(device, _width(width), dtype)
+            torch.testing.assert_close(got.float().cpu(), want, rtol=bound, atol=1e-6)
+            part = dequantize(device, _width(width), dtype, 64, 65)
+            assert torch.equal(part, got[64:65])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_a_weight_without_its_last_planes_runs_at_what_it_has(gpu, relaid, layout) -> None:
+    weight, device = relaid(33, 96, 32, layout)
+    for count in range(1, len(layout) + 1):
+        some = gpu.relay(weight.planes[:count], weight.scales, layout, 32, weight.k)
+        some = replace(some, planes=tuple(p.to(DEVICE) for p in some.planes),
+                       scales=device.scales, counters=device.counters)  # fmt: skip
+        assert some.widths == weight.widths[:count]
+        for rows in (2, 300):
+            x = _x(rows, 96).half().to(DEVICE)
+            want = gpu.linear(x, device, _width(some.widths[-1]))
+            assert torch.equal(gpu.linear(x, some, _width(8)), want)
 
 
 def test_width_is_read_at_the_launch_and_clamped(gpu, relaid) -> None:
@@ -209,7 +246,8 @@ def test_bad_inputs_say_what_to_do(gpu, relaid) -> None:
     refused(r"bias has strides \(2,\)", x, device, width, bias[::2])
     refused("width is on meta but the weight on", x, device, width.to("meta"))
     refused("x is on meta", x.to("meta"), device, width)
-    refused("splits is 2 for 3 rows, k = 64: give 1 to 1", x, device, width, splits=2)
+    refused("splits is 2 for 3 rows, k = 64: give 1 to 1", x, device, width,
+            launch=gpu.Launch(8, 2, 2, 2))  # fmt: skip
 
 
 def test_bad_weights_say_what_to_do(gpu, make_weight) -> None:
@@ -220,7 +258,9 @@ def test_bad_weights_say_what_to_do(gpu, make_weight) -> None:
         with pytest.raises(ValueError, match=words):
             gpu.relay(*args)
 
-    refused("2 planes were given where layout", planes[:2], scales, (4, 2, 2), 32, 64)
+    refused("0 planes were given where layout", [], scales, (4, 2, 2), 32, 64)
+    refused("4 planes were given where layout", [*planes, planes[0]], scales, (4, 2, 2), 32, 64)
+    refused(r"layout \(4, 4\) has no Triton kernel: use one of", planes, scales, (4, 4), 32, 64)
     refused("plane of width 4 is torch.int32", [planes[0].int()] * 3, scales, (4, 2, 2), 32, 64)
     refused("give uint8 ", planes, scales, (2, 2, 4), 32, 64)
     refused("scales have shape", planes, scales[:, :1], (4, 2, 2), 32, 64)

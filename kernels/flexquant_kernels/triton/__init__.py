@@ -7,12 +7,15 @@ Importing this needs triton, which the packages do not: import it where a kernel
 from .decision import DecisionState, Rules, decide, make_state
 from .entropy import entropy, track_entropy
 from .layout import DeviceWeight, relay
-from .linear import linear
+from .linear import Layer, linear, warm_up
 from .probe import ProbeState, probe
+from .tuning import Launch
 
 __all__ = [
     "DecisionState",
     "DeviceWeight",
+    "Launch",
+    "Layer",
     "ProbeState",
     "Rules",
     "decide",
@@ -22,4 +25,5 @@ __all__ = [
     "probe",
     "relay",
     "track_entropy",
+    "warm_up",
 ]

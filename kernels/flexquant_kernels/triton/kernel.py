@@ -59,10 +59,10 @@ def _exponent(field, unit, chunk, bf16):
 
 
 @triton.constexpr_function
-def _excess(high, low, chunk, bf16):
+def excess(high, low, chunk, bf16):
     """What the numbers of both parts of a code are too large by, together."""
-    excess = 1 << _exponent(high, low, chunk, bf16)
-    return excess + (1 << _exponent(low, 0, chunk, bf16)) if low else excess
+    upper = 1 << _exponent(high, low, chunk, bf16)
+    return upper + (1 << _exponent(low, 0, chunk, bf16)) if low else upper
 
 
 @triton.constexpr_function
@@ -85,7 +85,7 @@ def _slice(words, zero, SLICE: tl.constexpr, MASK: tl.constexpr, MAGIC: tl.const
 
 
 @triton.jit
-def _operand(
+def operand(
     words,
     zero,
     PART: tl.constexpr,
@@ -142,7 +142,7 @@ def _halves(t):
 
 
 @triton.jit
-def _load_pairs(scales, rows, block, blocks, GROUPS: tl.constexpr):
+def load_pairs(scales, rows, block, blocks, GROUPS: tl.constexpr):
     """(scale, offset) of the groups of a block of 256 k: uint32 [BN, GROUPS]."""
     start = (rows // 16).to(tl.int64) * blocks * (16 * GROUPS) + (rows % 16) * GROUPS
     column = block * (16 * GROUPS) + tl.arange(0, GROUPS)
@@ -150,7 +150,7 @@ def _load_pairs(scales, rows, block, blocks, GROUPS: tl.constexpr):
 
 
 @triton.jit
-def _columns(t):
+def columns(t):
     """[BN, C] -> its C columns, for 2, 4 and 8."""
     if t.shape[1] == 2:
         out = tl.split(t)
@@ -169,6 +169,18 @@ def _columns(t):
         a3, a7 = tl.split(odd1)
         out = (a0, a1, a2, a3, a4, a5, a6, a7)
     return out
+
+
+@triton.jit
+def scale_and_offset(pair, SHARED: tl.constexpr, WIDTH: tl.constexpr):
+    """fp32 [BN] each, from the pairs of a group; those of 8 bits become those of the width."""
+    scale = pair.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    offset = (pair >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    if SHARED:
+        STEP: tl.constexpr = 1 << (8 - WIDTH)
+        offset += scale * ((STEP - 1) / 2)
+        scale *= STEP
+    return scale, offset
 
 
 @triton.jit
@@ -191,7 +203,7 @@ def _merge2(high, low):
 
 
 @triton.jit
-def _parts(planes, rows, block, blocks, LAYOUT: tl.constexpr, WIDTH: tl.constexpr):
+def parts(planes, rows, block, blocks, LAYOUT: tl.constexpr, WIDTH: tl.constexpr):
     """Words of the upper and of the lower bits of the codes of a block.
 
     Where one part is the whole code, the second means nothing.
@@ -269,18 +281,17 @@ def _product(
     ones = tl.reshape(tl.join(half, half), (BN, PART_K))
     # Parts of K whose sum of x is multiplied at once.
     SUM_K: tl.constexpr = G if _same_excess(HIGH, LOW) else PART_K
-    STEP: tl.constexpr = 1 << (8 - WIDTH) if SHARED else 1
     # A width's scales are a block of memory; the sets may exceed 2^31 bytes together.
     start = (0 if SHARED else SET) * blocks.to(tl.int64) * (256 // G) * n_pad
     acc = tl.full((BN, BM), 0.0, tl.float32)
     ag = tl.full((BN, BM), 0.0, tl.float32)
     xs = tl.full((BN, BM), 0.0, tl.float32)
-    of_block = _load_pairs(scales_ptr + start, rows, of_split[0], blocks, 256 // G)
+    of_block = load_pairs(scales_ptr + start, rows, of_split[0], blocks, 256 // G)
     for block in range(of_split[0], of_split[1]):
-        high, low = _parts(planes, rows, block, blocks, LAYOUT, WIDTH)
-        pairs = _columns(of_block)
+        high, low = parts(planes, rows, block, blocks, LAYOUT, WIDTH)
+        pairs = columns(of_block)
         following = tl.minimum(block + 1, of_split[1] - 1)
-        of_block = _load_pairs(scales_ptr + start, rows, following, blocks, 256 // G)
+        of_block = load_pairs(scales_ptr + start, rows, following, blocks, 256 // G)
         for part in tl.static_range(256 // PART_K):
             rk = block * 256 + part * PART_K + tl.arange(0, PART_K)
             mask = (rm < M)[:, None]
@@ -289,20 +300,15 @@ def _product(
             x = tl.load(x_ptr + rm.to(tl.int64)[:, None] * K + rk[None, :], mask=mask, other=0.0)
             if part * PART_K % G == 0:
                 ag = tl.full((BN, BM), 0.0, tl.float32)
-                pair = pairs[part * PART_K // G]
-                scale = pair.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-                offset = (pair >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-                if SHARED:
-                    offset += scale * ((STEP - 1) / 2)
-                    scale *= STEP
+                scale, offset = scale_and_offset(pairs[part * PART_K // G], SHARED, WIDTH)
             if part * PART_K % SUM_K == 0:
                 xs = tl.full((BN, BM), 0.0, tl.float32)
-            ag = _dot(_operand(high, zero, part, PART_K, HIGH, LOW, DTYPE), x, ag, UPCAST)
+            ag = _dot(operand(high, zero, part, PART_K, HIGH, LOW, DTYPE), x, ag, UPCAST)
             if LOW > 0:
-                ag = _dot(_operand(low, zero, part, PART_K, LOW, 0, DTYPE), x, ag, UPCAST)
+                ag = _dot(operand(low, zero, part, PART_K, LOW, 0, DTYPE), x, ag, UPCAST)
             xs = _dot(ones, x, xs, UPCAST)
             if (part + 1) * PART_K % SUM_K == 0:
-                less = offset - scale * _excess(HIGH, LOW, part * PART_K // 64, BF16)
+                less = offset - scale * excess(HIGH, LOW, part * PART_K // 64, BF16)
                 acc = tl.fma(less[:, None], xs, acc)
             if (part + 1) * PART_K % G == 0:
                 acc = tl.fma(scale[:, None], ag, acc)
@@ -316,7 +322,10 @@ def _add_bias(acc, bias_ptr, rows, N, HAS_BIAS: tl.constexpr):
     return acc
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["M", "N", "blocks", "top"],
+    do_not_specialize_on_alignment=["width_ptr", "bias_ptr", "zero_ptr"],
+)
 def linear_kernel(
     x_ptr,  # bf16 or fp16 [M, K]
     p0,  # int32, planes as in layout.py; those that the layout has not are not read
@@ -336,6 +345,7 @@ def linear_kernel(
     K,
     blocks,  # K_pad / 256
     n_pad,
+    top,  # the highest width whose planes there are
     LAYOUT: tl.constexpr,  # plane widths as decimal digits
     SHARED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -347,7 +357,7 @@ def linear_kernel(
     UPCAST: tl.constexpr,
 ):
     """Grid (ceil(M/BM), N_pad/BN, splits): programs that read the same planes start together."""
-    width = tl.load(width_ptr)
+    width = tl.minimum(tl.load(width_ptr), top)
     zero = tl.load(zero_ptr + tl.full((1, 1), 0, tl.int32)).to(tl.uint32, bitcast=True)
     rows = tl.program_id(1) * BN + tl.arange(0, BN)
     rm = tl.program_id(0) * BM + tl.arange(0, BM)

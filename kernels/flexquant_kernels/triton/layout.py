@@ -31,11 +31,13 @@ memory, tiled as the planes are.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
 from ..pack import check_group_size, check_k, check_layout
 
+LAYOUTS = ((4, 2, 2), (2, 2, 4), (2, 1, 1, 2, 2))
 BLOCK_K = 256
 TILE_ROWS = 16
 PAD_ROWS = 64
@@ -51,9 +53,9 @@ _ROWS_AT_A_TIME = 1 << 12
 class DeviceWeight:
     """One nested weight [n, k] on a device, in the form of this module.
 
-    planes: int32 each, most significant first; scales: fp16; counters: int32
-    [COUNTERS * N_pad/64 + 1], zero between launches and the last one always (``kernel.py``), so
-    that launches of one weight must not overlap.
+    planes: int32 each, most significant first, all of the layout or the first of them; scales:
+    fp16; counters: int32 [COUNTERS * N_pad/64 + 1], zero between launches and the last one always
+    (``kernel.py``), so that launches of one weight must not overlap.
     """
 
     planes: tuple[torch.Tensor, ...]
@@ -63,6 +65,25 @@ class DeviceWeight:
     group_size: int
     n: int
     k: int
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Those that its planes give, ascending."""
+        return tuple(accumulate(self.layout[: len(self.planes)]))
+
+    @property
+    def shared(self) -> bool:
+        """Whether one pair of scale and offset serves all widths."""
+        return self.scales.shape[0] == 1 and len(self.layout) > 1
+
+    @property
+    def layout_digits(self) -> int:
+        """As kernels know the layout: 422 for 4|2|2."""
+        return int("".join(map(str, self.layout)))
+
+    def five_planes(self) -> list[torch.Tensor]:
+        """As kernels take them; what the layout or the weight has not is not read."""
+        return [*self.planes, *[self.planes[0]] * (5 - len(self.planes))]
 
 
 def padded(n: int, k: int) -> tuple[int, int]:
@@ -154,6 +175,12 @@ def relay_scales(scales: torch.Tensor, k: int) -> torch.Tensor:
     return tiles.permute(4, 0, 2, 1, 3, 5).contiguous()
 
 
+def make_counters(n: int, device: torch.device) -> torch.Tensor:
+    """Those of a weight of n rows, as ``DeviceWeight`` has them."""
+    tiles = padded(n, BLOCK_K)[0] // PAD_ROWS
+    return torch.zeros(COUNTERS * tiles + 1, dtype=torch.int32, device=device)
+
+
 def relay(
     planes: Sequence[torch.Tensor],
     scales: torch.Tensor,
@@ -164,15 +191,19 @@ def relay(
     """Device form of a weight, on the device of ``planes``.
 
     Args:
-        planes: storage planes uint8 [N, K*w/8], most significant first; all of the layout.
+        planes: storage planes uint8 [N, K*w/8], most significant first; all of the layout, or the
+            first of them.
         scales: fp16 [N, K/g, S, 2], S the number of widths or 1.
     """
     widths = check_layout(layout)
     check_k(k)
     check_group_size(group_size, k)
-    if len(planes) != len(widths):
+    if widths not in LAYOUTS:
+        raise ValueError(f"layout {widths} has no Triton kernel: use one of {LAYOUTS}")
+    if not 1 <= len(planes) <= len(widths):
         raise ValueError(
-            f"{len(planes)} planes were given where layout {widths} has {len(widths)}: give all"
+            f"{len(planes)} planes were given where layout {widths} has {len(widths)}: give those "
+            "of the widths in use"
         )
     n = planes[0].shape[0]
     if tuple(scales.shape) not in [(n, k // group_size, s, 2) for s in (1, len(widths))]:
@@ -181,11 +212,9 @@ def relay(
             f"with S = 1 or {len(widths)}"
         )
     return DeviceWeight(
-        tuple(relay_plane(p, w, k) for p, w in zip(planes, widths, strict=True)),
+        tuple(relay_plane(p, w, k) for p, w in zip(planes, widths, strict=False)),
         relay_scales(scales, k),
-        torch.zeros(
-            padded(n, k)[0] // PAD_ROWS * COUNTERS + 1, dtype=torch.int32, device=scales.device
-        ),
+        make_counters(n, scales.device),
         widths,
         group_size,
         n,

@@ -1,67 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Host side of the Triton linear kernel: checks, shape of the launch, the launch."""
+"""Host side of the Triton linear layer: checks, the launch, and compiling before serving."""
 
-from functools import cache
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 
+from ..gpu import processors, target_of
+from . import tuning
+from .dequantize import dequantize
 from .kernel import INTERPRETED, linear_kernel
-from .layout import BLOCK_K, COUNTERS, TILE_ROWS, DeviceWeight
+from .layout import BLOCK_K, PAD_ROWS, TILE_ROWS, DeviceWeight
+from .tuning import Launch
 
 DTYPES = (torch.bfloat16, torch.float16)
-BN = 64
-WARPS = {8: 2, 16: 4, 32: 4}
-"""Rows of x that one program takes, and its warps."""
-STAGES = 2
-MAX_SPLIT_ROWS = 8 * COUNTERS
-
-_PROGRAMS_PER_PROCESSOR = 4
-
-
-@cache
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-def row_blocks(target: str) -> tuple[int, ...]:
-    """Rows that a program may take on sm_90, gfx942, ...; further rows take further programs.
-
-    By what was compiled: with 64 rows, or on sm_120 with 32, the kernel spills registers. On sm_100
-    four warps bring in its other tensor cores, which unpacked weights do not reach from registers.
-    AMD's matrix products take 16 rows at least.
-    """
-    if target.startswith("gfx"):
-        return (16, 32)
-    return {"sm_100": (8,), "sm_103": (8,), "sm_120": (8, 16), "sm_121": (8, 16)}.get(
-        target, tuple(WARPS)
-    )
-
-
-@cache
-def _target(device: torch.device) -> str:
-    if device.type != "cuda":
-        return "none"
-    if torch.version.hip is not None:
-        return "gfx"
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
-
-
-def row_block(rows: int, target: str) -> int:
-    """Rows of x in a program's tile."""
-    blocks = row_blocks(target)
-    return next((b for b in blocks if rows <= b), blocks[-1])
-
-
-def choose_splits(rows: int, bm: int, n: int, k: int, processors: int) -> int:
-    """Parts of K that programs of their own take; from shapes and device alone, never the width."""
-    if rows > MAX_SPLIT_ROWS:
-        return 1
-    tiles = -(-n // BN) * -(-rows // bm)
-    blocks = -(-k // BLOCK_K)
-    return max(1, min(blocks, _PROGRAMS_PER_PROCESSOR * processors // tiles))
+BN = PAD_ROWS
+SLICE_WEIGHTS = 1 << 26
+"""Weights dequantized at a time: 128 MiB."""
 
 
 def _check(
@@ -94,32 +49,84 @@ def _check(
             raise ValueError(f"bias has strides {bias.stride()}: pass bias.contiguous()")
 
 
+def choose_launch(rows: int, weight: DeviceWeight) -> Launch | None:
+    """How the fused kernel is launched; None where the weight is dequantized first."""
+    device = weight.scales.device
+    target = target_of(device)
+    return tuning.choose(
+        tuning.table_of(target),
+        weight.layout,
+        rows,
+        weight.n,
+        weight.k,
+        target,
+        processors(device),
+    )
+
+
 def linear(
     x: torch.Tensor,
     weight: DeviceWeight,
     width: torch.Tensor,
     bias: torch.Tensor | None = None,
-    splits: int | None = None,
+    launch: Launch | None = None,
 ) -> torch.Tensor:
-    """x [..., K] bf16 or fp16, contiguous -> [..., N] in x's dtype, computed in fp32.
+    """x [..., K] bf16 or fp16, contiguous -> [..., N] in x's dtype, summed in fp32.
 
     The width is read on the device; one that the layout has not is clamped as ``clamp_width``
-    does. Launches, grids and addresses depend on shapes alone, so a CUDA graph of the call serves
-    every width.
+    does, and one whose planes the weight has not becomes its highest. Launches, grids and addresses
+    depend on shapes alone, so a CUDA graph of the call serves every width.
+
+    Many rows (``tuning.py``) take a weight that is dequantized first, and so rounded to x's dtype.
 
     Args:
         width: int32, one element.
-        splits: parts of K; for tests. Chosen by ``choose_splits`` when None.
+        launch: of the fused kernel; by table or heuristic when None.
+
+    Raises:
+        ValueError: a tensor that cannot be taken as it is, or parts of K that do not fit.
     """
     _check(x, weight, width, bias)
     out = torch.empty(*x.shape[:-1], weight.n, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
     rows = x.numel() // weight.k
-    bm = row_block(rows, _target(x.device))
-    if splits is None:
-        splits = choose_splits(rows, bm, weight.n, weight.k, _processors(x.device))
-    most = -(-weight.k // BLOCK_K) if rows <= MAX_SPLIT_ROWS else 1
+    launch = launch or choose_launch(rows, weight)
+    if launch is None:
+        _dequantize_first(x.view(rows, -1), weight, width, bias, out.view(rows, -1))
+    else:
+        _fused(x, rows, weight, width, bias, launch, out)
+    return out
+
+
+def _dequantize_first(
+    x: torch.Tensor,
+    weight: DeviceWeight,
+    width: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
+    at_a_time = max(BN, SLICE_WEIGHTS // weight.k // BN * BN)
+    for first in range(0, weight.n, at_a_time):
+        last = min(first + at_a_time, weight.n)
+        plain = dequantize(weight, width, x.dtype, first, last)
+        if bias is None:
+            torch.mm(x, plain.T, out=out[:, first:last])
+        else:
+            part = bias[first:last].to(x.dtype)
+            torch.addmm(part, x, plain.T, out=out[:, first:last])
+
+
+def _fused(
+    x: torch.Tensor,
+    rows: int,
+    weight: DeviceWeight,
+    width: torch.Tensor,
+    bias: torch.Tensor | None,
+    launch: Launch,
+    out: torch.Tensor,
+) -> None:
+    splits, most = launch.splits, tuning.most_splits(rows, weight.k)
     if not 1 <= splits <= most:
         raise ValueError(f"splits is {splits} for {rows} rows, k = {weight.k}: give 1 to {most}")
     n_pad = weight.planes[0].shape[0] * TILE_ROWS
@@ -128,10 +135,9 @@ def linear(
         if splits > 1
         else out
     )
-    planes = [*weight.planes, *[weight.planes[0]] * (5 - len(weight.planes))]
-    linear_kernel[(-(-rows // bm), n_pad // BN, splits)](
+    linear_kernel[(-(-rows // launch.block), n_pad // BN, splits)](
         x,
-        *planes,
+        *weight.five_planes(),
         weight.scales.view(torch.int32),
         width,
         bias if bias is not None else out,
@@ -144,16 +150,65 @@ def linear(
         weight.k,
         weight.planes[0].shape[1],
         n_pad,
-        LAYOUT=int("".join(map(str, weight.layout))),
-        SHARED=weight.scales.shape[0] == 1 and len(weight.layout) > 1,
+        weight.widths[-1],
+        LAYOUT=weight.layout_digits,
+        SHARED=weight.shared,
         HAS_BIAS=bias is not None,
         SPLIT=splits > 1,
         G=weight.group_size,
         EVEN_K=weight.k % BLOCK_K == 0,
-        BM=bm,
+        BM=launch.block,
         BN=BN,
         UPCAST=INTERPRETED,
-        num_warps=WARPS[bm],
-        num_stages=STAGES,
+        num_warps=launch.warps,
+        num_stages=launch.stages,
     )
-    return out
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a linear layer is called with."""
+
+    weight: DeviceWeight
+    dtype: torch.dtype
+    bias: torch.Tensor | None = None
+
+
+def warm_up_rows(layer: Layer, max_rows: int) -> Iterator[tuple[tuple, int]]:
+    """(what is compiled, a number of rows that needs it) of a layer, each once."""
+    weight, seen = layer.weight, set()
+    common = (
+        weight.layout,
+        weight.shared,
+        weight.group_size,
+        weight.k % BLOCK_K == 0,
+        layer.dtype,
+        weight.scales.device,
+    )
+    most = tuning.table_of(target_of(weight.scales.device)).dequantize_above + 1
+    for rows in range(1, min(max_rows, most) + 1):
+        launch = choose_launch(rows, weight)
+        key: tuple = (*common, launch)
+        if launch is not None:
+            bias = layer.bias.dtype if layer.bias is not None else None
+            key = (*common, bias, launch.splits > 1, launch.block, launch.warps, launch.stages)
+        if key not in seen:
+            seen.add(key)
+            yield key, rows
+
+
+def warm_up(layers: Iterable[Layer], max_rows: int) -> int:
+    """Compile all that layers need for 1 to ``max_rows`` rows, by running it; -> launches made.
+
+    To be called once weights are loaded and before a CUDA graph is captured: nothing of the linear
+    layers is compiled afterwards, at any width.
+    """
+    done = set()
+    for layer in layers:
+        for key, rows in warm_up_rows(layer, max_rows):
+            if key not in done:
+                done.add(key)
+                x = torch.zeros(rows, layer.weight.k, dtype=layer.dtype, device=key[5])
+                width = torch.full((1,), layer.weight.widths[0], dtype=torch.int32, device=key[5])
+                linear(x, layer.weight, width, layer.bias)
+    return len(done)
