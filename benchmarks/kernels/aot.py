@@ -3,153 +3,98 @@
 
     python -m benchmarks.kernels.aot [--check] [--targets sm_90 ...] [--quick]
 
-Prints registers, spills, shared memory and the instructions of the loop over K for each weight, at
-each width, and writes them to a table; its rows are kept by version of Triton. With `--check`
-nothing is written: status 1 where a kernel does not compile, spills, or takes more instructions for
-a weight than in the table. Needs the triton wheel, which brings the tools, and no GPU. How fast a
-kernel is, it cannot say.
+Prints registers, spills, shared memory and instructions: of the linear kernel, those of the loop
+over K for each weight, at each width. Writes them to a table whose rows are kept by version of
+Triton. With `--check` nothing is written: status 1 where a kernel does not compile, spills, takes
+more shared memory than the GPUs of its family have, does not load planes of 4 bits 16 bytes at a
+time, misses a figure to reach, or takes more instructions than in the table. Needs the triton
+wheel, which brings the tools, and no GPU. How fast a kernel is, it cannot say.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from benchmarks.kernels import machine_code
+from benchmarks.kernels.aot_cases import Case, cases
 from benchmarks.provenance import ROOT, provenance, write_json
 
 RESULTS = Path("benchmarks", "results", "triton-aot.json")
 TARGETS = ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"]
+SHARED = {
+    "sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64,
+}  # fmt: skip
+"""KiB of shared memory that a program can have, by the vendors' tables."""
+
+REACH = {("sm_90", "4|2|2 g64 bf16, 8 rows"): {"4": 2.5, "8": 4.0}}
+"""Instructions for each weight, at most, by width."""
+
 TOLERANCE = 0.01
-BLOCK_K = 256
+SMALL_TOLERANCE = 0.05
+"""Share by which a loop, and a kernel without a loop over K, may exceed the table."""
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One compilation, as the launcher makes it for so many rows of x."""
-
-    rows: int = 8
-    layout: tuple[int, ...] = (4, 2, 2)
-    group_size: int = 64
-    dtype: str = "bf16"
-    shared: bool = False
-    bias: bool = False
-    even_k: bool = True
-
-    @property
-    def name(self) -> str:
-        """As in `4|2|2 g64 bf16, 8 rows`."""
-        extras = "".join(f", {x}" for x in ("shared", "bias") if getattr(self, x))
-        extras += "" if self.even_k else ", odd k"
-        layout = "|".join(map(str, self.layout))
-        return f"{layout} g{self.group_size} {self.dtype}, {self.rows} rows{extras}"
-
-
-QUICK = [Variant()]
-VARIANTS = [
-    *QUICK,
-    Variant(group_size=128),
-    Variant(group_size=32),
-    Variant(dtype="fp16"),
-    Variant(shared=True, bias=True, even_k=False),
-    Variant(layout=(2, 2, 4)),
-    Variant(layout=(2, 1, 1, 2, 2)),
-    Variant(rows=16),
-    Variant(rows=32),
-    Variant(rows=32, layout=(2, 1, 1, 2, 2)),
-]
-
-
-def variants(target: str, quick: bool) -> list[Variant]:
-    """What is compiled for a target: with the rows that the launcher gives a program there."""
-    from flexquant_kernels.triton.tuning import row_block
-
-    fitted = (replace(v, rows=row_block(v.rows, target)) for v in (QUICK if quick else VARIANTS))
-    return list(dict.fromkeys(fitted))
-
-
-def compiled(variant: Variant, target: str) -> tuple[Any, int, int]:
-    """The kernel as Triton compiled it, threads of a program, weights of one round of its loop."""
+def compiled(case: Case, target: str) -> tuple[Any, int]:
+    """The kernel as Triton compiled it, and threads of a program."""
     from triton import compile as compile_kernel
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from flexquant_kernels.triton.kernel import linear_kernel
-    from flexquant_kernels.triton.linear import BN
-    from flexquant_kernels.triton.tuning import STAGES, WARPS
-
-    constants = {
-        "LAYOUT": int("".join(map(str, variant.layout))),
-        "SHARED": variant.shared,
-        "HAS_BIAS": variant.bias,
-        "SPLIT": True,
-        "G": variant.group_size,
-        "EVEN_K": variant.even_k,
-        "BM": variant.rows,
-        "BN": BN,
-        "UPCAST": False,
-    }
-    types = dict.fromkeys(("p0", "p1", "p2", "p3", "p4", "scales_ptr", "width_ptr"), "*i32")
-    types |= {"counters_ptr": "*i32", "zero_ptr": "*i32", "partial_ptr": "*fp32"}
-    types |= dict.fromkeys(("x_ptr", "bias_ptr", "out_ptr"), f"*{variant.dtype}")
-    # What the launcher's tensors have, and Triton finds: K is a multiple of 32, N_pad of 64.
-    unaligned = {"M", "N", "blocks", "top", "zero_ptr", "width_ptr", "bias_ptr"}
     signature: dict[str, str] = {}
-    constexprs: dict[tuple[int], Any] = {}
+    constants: dict[tuple[int], Any] = {}
     attributes: dict[tuple[int], Any] = {}
-    for i, name in enumerate(linear_kernel.arg_names):
-        if name in constants:
+    for i, name in enumerate(case.kernel.arg_names):
+        if name in case.constants or name in case.ones:
             signature[name] = "constexpr"
-            constexprs[(i,)] = constants[name]
+            constants[(i,)] = case.constants.get(name, 1)
             continue
-        signature[name] = types.get(name, "i32")
-        if name not in unaligned:
+        signature[name] = case.types[name]
+        if name not in case.odd:  # as Triton finds the launcher's tensors and sizes
             attributes[(i,)] = [["tt.divisibility", 16]]
     nvidia = target.startswith("sm_")
     gpu = GPUTarget("cuda", int(target[3:]), 32) if nvidia else GPUTarget("hip", target, 64)
-    warps = WARPS[variant.rows]
     kernel = compile_kernel(
-        ASTSource(fn=linear_kernel, signature=signature, constexprs=constexprs, attrs=attributes),
+        ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=attributes),
         target=gpu,
-        options={"num_warps": warps, "num_stages": STAGES},
+        options={"num_warps": case.warps, **case.options},
     )
-    return kernel, warps * (32 if nvidia else 64), BN * BLOCK_K
+    return kernel, case.warps * (32 if nvidia else 64)
 
 
-def examine(variant: Variant, target: str) -> dict[str, Any]:
+def examine(case: Case, target: str) -> dict[str, Any]:
     """One row of the table."""
     import triton
 
-    from flexquant_kernels import layout_widths
-
     started = time.perf_counter()
-    kernel, threads, weights = compiled(variant, target)
+    kernel, threads = compiled(case, target)
     seconds = time.perf_counter() - started
     if "cubin" in kernel.asm:
         tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
         usage, loops = machine_code.nvidia(kernel.asm["cubin"], tools, kernel.metadata.shared)
+        if case.loops and len(loops) != len(case.loops):
+            raise RuntimeError(f"{len(loops)} loops over K where {case.name} has {len(case.loops)}")
     else:
         usage, loops = machine_code.amd(kernel.asm["amdgcn"], kernel.metadata.shared), []
-    widths = layout_widths(variant.layout)
-    if loops and len(loops) != len(widths):
-        raise RuntimeError(f"{len(loops)} loops over K where {variant.name} has {len(widths)}")
     return {
         "triton": triton.__version__,
         "target": target,
-        "variant": variant.name,
+        "variant": case.name,
         **asdict(usage),
         "widths": {
-            str(width): machine_code.per_weight(loop, weights, threads)
-            for width, loop in zip(widths, loops, strict=False)
+            str(width): machine_code.per_weight(loop, case.weights, threads)
+            for width, loop in zip(case.loops, loops, strict=False)
         },
+        "wide_widths": list(case.wide),
         "compile_seconds": round(seconds, 1),
     }
 
@@ -163,11 +108,23 @@ def faults(row: dict[str, Any], before: dict[str, Any] | None) -> Iterator[str]:
     """What is wrong with a row, by itself and beside the one in the table."""
     if row["stack"] or row["spills"]:
         yield f"spills: {row['spills']} and {row['stack']} bytes of stack"
-    for width, now in row["widths"].items() if before else ():
-        assert before is not None
+    limit = SHARED[row["target"]] << 10
+    if row["shared"] > limit:
+        yield f"{row['shared']} bytes of shared memory where {row['target']} has {limit}"
+    reach = REACH.get((row["target"], row["variant"]), {})
+    for width, now in row["widths"].items():
+        if now["per_weight"] > reach.get(width, math.inf):
+            yield f"{width} bit: {now['per_weight']} instructions a weight, to reach {reach[width]}"
+        if int(width) in row["wide_widths"] and not now["loads"]["16"]:
+            yield f"{width} bit: no loads of 16 bytes"
+    if before is None:
+        return
+    for width, now in row["widths"].items():
         allowed = before["widths"][width]["per_weight"]
         if now["per_weight"] > allowed * (1 + TOLERANCE):
             yield f"{width} bit: {now['per_weight']} instructions a weight, the table has {allowed}"
+    if not row["widths"] and row["instructions"] > before["instructions"] * (1 + SMALL_TOLERANCE):
+        yield f"{row['instructions']} instructions, the table has {before['instructions']}"
 
 
 def describe(row: dict[str, Any]) -> str:
@@ -175,7 +132,8 @@ def describe(row: dict[str, Any]) -> str:
     counts = "  ".join(f"{w} bit {loop['per_weight']:.2f}" for w, loop in row["widths"].items())
     return (
         f"{row['target']:7s} {row['variant']:32s} {row['registers']:3d} registers, "
-        f"{row['stack']} stack, {row['spills']} spills, {row['shared']} shared | {counts}"
+        f"{row['stack']} stack, {row['spills']} spills, {row['shared']} shared, "
+        f"{row['instructions']} instructions | {counts}"
     )
 
 
@@ -186,7 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--check", action="store_true", help="compare with the table, keep it")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS)
-    parser.add_argument("--quick", action="store_true", help="one variant: 4|2|2, 8 rows")
+    parser.add_argument("--quick", action="store_true", help="one variant of each kernel")
     parser.add_argument("--out", type=Path, default=ROOT / RESULTS)
     chosen = parser.parse_args(arguments)
     table: dict[tuple[str, str, str], dict[str, Any]] = {}
@@ -200,8 +158,8 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         for target in chosen.targets:
-            for variant in variants(target, chosen.quick):
-                row = examine(variant, target)
+            for case in cases(target, chosen.quick):
+                row = examine(case, target)
                 rows.append(row)
                 print(describe(row), flush=True)
                 before = table.get(key(row)) if chosen.check else None

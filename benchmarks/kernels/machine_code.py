@@ -33,6 +33,7 @@ class Usage:
     stack: int
     spills: int
     shared: int
+    instructions: int
 
 
 def loops(listing: str) -> list[list[str]]:
@@ -61,11 +62,16 @@ def loops(listing: str) -> list[list[str]]:
 
 def loaded_bytes(opcodes: list[str]) -> int:
     """Bytes of global memory that a thread loads, by the widths of the loads."""
-    total = 0
+    return sum(int(size) * count for size, count in loads(opcodes).items())
+
+
+def loads(opcodes: list[str]) -> dict[str, int]:
+    """Loads from global memory of 16, 8 and at most 4 bytes."""
+    found = {"16": 0, "8": 0, "4": 0}
     for opcode in filter(LOADS.match, opcodes):
         wide = re.search(r"\.(128|64)\b", opcode)
-        total += int(wide[1]) // 8 if wide else 4
-    return total
+        found[str(int(wide[1]) // 8) if wide else "4"] += 1
+    return found
 
 
 def nvidia(cubin: bytes, tools: Path, shared: int) -> tuple[Usage, list[list[str]]]:
@@ -83,7 +89,8 @@ def nvidia(cubin: bytes, tools: Path, shared: int) -> tuple[Usage, list[list[str
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found is not None
     spills = len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s.*?\b(?:LDL|STL)\b", listing, re.MULTILINE))
-    return Usage(int(found[1]), int(found[2]), spills, shared), loops(listing)
+    instructions = sum(1 for line in listing.splitlines() if _SASS.match(line))
+    return Usage(int(found[1]), int(found[2]), spills, shared, instructions), loops(listing)
 
 
 def amd(asm: str, shared: int) -> Usage:
@@ -99,6 +106,7 @@ def amd(asm: str, shared: int) -> Usage:
         value("private_segment_fixed_size"),
         value("vgpr_spill_count") + value("sgpr_spill_count"),
         shared,
+        len(re.findall(r"^\t(?:v|s|ds|global|buffer|flat)_\w+", asm, re.MULTILINE)),
     )
 
 
@@ -109,4 +117,8 @@ def per_weight(opcodes: list[str], weights: int, threads: int) -> dict[str, Any]
         head = opcode.split(".")[0]
         kinds[head] = kinds.get(head, 0) + 1
     most = sorted(kinds.items(), key=lambda kind: -kind[1])[:8]
-    return {"per_weight": round(len(opcodes) * threads / weights, 3), "most": dict(most)}
+    return {
+        "per_weight": round(len(opcodes) * threads / weights, 3),
+        "loads": loads(opcodes),
+        "most": dict(most),
+    }
