@@ -178,13 +178,8 @@ def _decision() -> Case:
 
 
 def _probe() -> Case:
-    from flexquant_kernels.triton.probe import (
-        BLOCK_H,
-        LAYERS_AT_A_TIME,
-        ROWS_AT_A_TIME,
-        WARPS,
-        probe_kernel,
-    )
+    from flexquant_kernels.triton.decision import LAYERS_AT_A_TIME
+    from flexquant_kernels.triton.probe import BLOCK_H, ROWS_AT_A_TIME, WARPS, probe_kernel
 
     words = ("ladder_ptr", "allowed_ptr", "bounds_ptr", "counter_ptr", "level_ptr", "table_ptr")
     floats = ("weight_ptr", "bias_ptr", "kl_ptr", "budget_ptr", "scores_ptr")
