@@ -76,11 +76,11 @@ def _weight_types(*more: str) -> dict[str, str]:
     return dict.fromkeys(words, "*i32") | dict.fromkeys(more, "i32")
 
 
-def linear_case(variant: Linear) -> Case:
+def linear_case(variant: Linear, target: str) -> Case:
     """The linear kernel with K split."""
     from flexquant_kernels.triton.kernel import linear_kernel
     from flexquant_kernels.triton.linear import BN
-    from flexquant_kernels.triton.tuning import STAGES, WARPS
+    from flexquant_kernels.triton.tuning import STAGES, WARPS, compiler_options
 
     types = _weight_types("M", "N", "K", "blocks", "n_pad", "top")
     types |= {"counters_ptr": "*i32", "partial_ptr": "*fp32"}
@@ -104,7 +104,10 @@ def linear_case(variant: Linear) -> Case:
         },
         frozenset({"M", "N", "blocks", "top", "zero_ptr", "width_ptr", "bias_ptr"}),
         WARPS[variant.rows],
-        options={"num_stages": STAGES},
+        options={
+            "num_stages": STAGES,
+            **compiler_options(variant.rows, variant.group_size, target),
+        },
         loops=widths,
         weights=BN * BLOCK_K,
         wide=tuple(w for w in widths if w >= first),
@@ -222,4 +225,4 @@ def cases(target: str, quick: bool) -> list[Case]:
 
     variants = QUICK_LINEAR if quick else LINEAR
     fitted = dict.fromkeys(replace(v, rows=row_block(v.rows, target)) for v in variants)
-    return [*map(linear_case, fitted), *small_cases(quick)]
+    return [*(linear_case(one, target) for one in fitted), *small_cases(quick)]

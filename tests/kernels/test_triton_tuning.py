@@ -2,6 +2,7 @@
 """How the Triton linear layer is launched: tables, heuristic, and what is compiled beforehand."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -61,10 +62,18 @@ def test_an_entry_serves_its_shape_and_rows(tuning, tmp_path) -> None:
 
 def test_a_family_without_a_table_has_the_heuristic(tuning, tmp_path) -> None:
     table = tuning.table_of("sm_90", tmp_path)
-    assert table == tuning.Table({}, tuning.DEQUANTIZE_ABOVE)
+    assert table == tuning.Table({}, 256)
+    assert tuning.table_of("sm_100", tmp_path) == tuning.Table({}, 64)
+    assert tuning.table_of("gfx942", tmp_path) == tuning.Table({}, 256)
     _written(tmp_path, TABLE)
     tuning.table_of.cache_clear()
     assert tuning.table_of("sm_90", tmp_path).dequantize_above == 200
+
+
+def test_registers_are_set_where_ptxas_would_spill(tuning) -> None:
+    assert tuning.compiler_options(8, 128, "sm_80") == {"maxnreg": 208}
+    for block, group_size, target in ((8, 64, "sm_80"), (16, 128, "sm_80"), (8, 128, "gfx942")):
+        assert tuning.compiler_options(block, group_size, target) == {}
 
 
 def test_tables_in_the_package_can_be_read(tuning) -> None:
@@ -141,9 +150,12 @@ def test_nothing_is_compiled_after_the_warm_up() -> None:
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("needs a process without a GPU")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-c", COMPILED], capture_output=True, text=True, check=False
-    )
+        [sys.executable, "-c", COMPILED],
+        env=environment | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     launches, compiled, later = map(int, done.stdout.split())
     assert later == 0

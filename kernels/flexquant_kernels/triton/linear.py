@@ -93,19 +93,20 @@ def linear(
     rows = x.numel() // weight.k
     launch = launch or choose_launch(rows, weight)
     if launch is None:
-        _dequantize_first(x.view(rows, -1), weight, width, bias, out.view(rows, -1))
+        dequantized_linear(x.view(rows, -1), weight, width, bias, out.view(rows, -1))
     else:
         _fused(x, rows, weight, width, bias, launch, out)
     return out
 
 
-def _dequantize_first(
+def dequantized_linear(
     x: torch.Tensor,
     weight: DeviceWeight,
     width: torch.Tensor,
     bias: torch.Tensor | None,
     out: torch.Tensor,
 ) -> None:
+    """The path of ``linear`` for many rows: x [rows, k] -> ``out`` [rows, n], in slices of n."""
     at_a_time = max(BN, SLICE_WEIGHTS // weight.k // BN * BN)
     for first in range(0, weight.n, at_a_time):
         last = min(first + at_a_time, weight.n)
@@ -162,6 +163,7 @@ def _fused(
         UPCAST=INTERPRETED,
         num_warps=launch.warps,
         num_stages=launch.stages,
+        **tuning.compiler_options(launch.block, weight.group_size, target_of(x.device)),
     )
 
 

@@ -29,9 +29,17 @@ WARPS = {8: 2, 16: 4, 32: 4}
 
 STAGES = 2
 MAX_SPLIT_ROWS = 8 * COUNTERS
-DEQUANTIZE_ABOVE = 256
-"""Rows from which on the weight is better unpacked once, for a matrix product in its dtype. By the
-roofline model for 8 bits on sm_90 (``benchmarks/kernels/roofline.py``), not measured."""
+DEQUANTIZE_ABOVE = {
+    "sm_80": 160, "sm_89": 640, "sm_90": 256, "sm_100": 64, "sm_103": 64, "sm_120": 160,
+    "sm_121": 160,
+}  # fmt: skip
+"""Rows from which on the weight is better unpacked once, for a matrix product in its dtype, where
+no table says so. By the roofline model at 8 bits (``benchmarks/kernels/roofline.py``), not
+measured; 256 elsewhere."""
+
+WIDE_GROUP_REGISTERS = 208
+"""Of a thread on NVIDIA's GPUs, for 8 rows and groups of 128: left alone, ptxas stays below what
+Triton 3.6 needs on sm_80, and spills."""
 
 _PROGRAMS_PER_PROCESSOR = 4
 
@@ -148,7 +156,13 @@ def read_table(path: Path) -> Table:
 def table_of(target: str, folder: Path = FOLDER) -> Table:
     """The table of a GPU's family; one without entries where none was measured."""
     path = folder / f"{target}.json"
-    return read_table(path) if path.exists() else Table({}, DEQUANTIZE_ABOVE)
+    return read_table(path) if path.exists() else Table({}, DEQUANTIZE_ABOVE.get(target, 256))
+
+
+def compiler_options(block: int, group_size: int, target: str) -> dict[str, int]:
+    """Options of the linear kernel beside warps and stages."""
+    wide = block == 8 and group_size == 128 and target.startswith("sm_")
+    return {"maxnreg": WIDE_GROUP_REGISTERS} if wide else {}
 
 
 def choose(
