@@ -27,7 +27,7 @@ def _share(cell: Cell, width: int, bandwidth: float) -> float | None:
 def _against(cell: Cell, width: int, baseline: str) -> float | None:
     """How many times faster than a baseline."""
     seconds, other = _ours(cell, width), cell["baselines"].get(baseline)
-    return other / seconds if seconds is not None and isinstance(other, float) else None
+    return other / seconds if seconds is not None and other is not None else None
 
 
 def _ratio(cell: Cell) -> float | None:

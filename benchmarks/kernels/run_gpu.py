@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,28 +135,38 @@ def time_layer(layer: NestedLayer, rows: int) -> dict[str, float]:
     return found | {"alternating": gpu_timing.seconds(both, device)}
 
 
-def time_baselines(n: int, k: int, rows: int, device: torch.device) -> dict[str, Any]:
-    """Seconds by name; a reason where one cannot be had or is wrong."""
-    x = activations(rows, k, torch.bfloat16, device)
-    found: dict[str, Any] = {}
+def find_baselines(
+    n: int, k: int, device: torch.device
+) -> tuple[list[gpu_baselines.Baseline], dict[str, str]]:
+    """Those of a shape that are right; why the others are not there."""
+    x = activations(5, k, torch.bfloat16, device)
+    found, missing = [], {}
     for make in (gpu_baselines.cublas, gpu_baselines.torch_int4):
         try:
             baseline = make(n, k, device)
         except gpu_baselines.UnavailableError as error:
-            found[make.__name__] = str(error)
+            missing[make.__name__] = str(error)
             continue
         error_found = gpu_baselines.error_of(baseline, x)
-        if not error_found <= BASELINE_ERROR:
-            found[baseline.name] = f"wrong by {error_found:.3g}: left out"
-            continue
-        count = gpu_timing.copies_for_cold_cache(baseline.bytes_read, device)
-        calls = [baseline.make() for _ in range(count)]
+        if error_found <= BASELINE_ERROR:
+            found.append(baseline)
+        else:
+            missing[baseline.name] = f"wrong by {error_found:.3g}"
+    return found, missing
 
-        def bound(call: gpu_baselines.Call) -> Callable[[], object]:
-            return lambda: call(x)
 
-        found[baseline.name] = gpu_timing.seconds([bound(call) for call in calls], device)
-    return found
+def time_baseline(
+    baseline: gpu_baselines.Baseline, k: int, rows: int, device: torch.device
+) -> float:
+    """Seconds, of weights from memory."""
+    x = activations(rows, k, torch.bfloat16, device)
+    count = gpu_timing.copies_for_cold_cache(baseline.bytes_read, device)
+    calls = [baseline.make() for _ in range(count)]
+
+    def bound(call: gpu_baselines.Call) -> Callable[[], object]:
+        return lambda: call(x)
+
+    return gpu_timing.seconds([bound(call) for call in calls], device)
 
 
 def time_step(device: torch.device, rows: int, vocabulary: int) -> float:
@@ -195,13 +205,36 @@ def profile(n: int, k: int, layouts: Sequence[tuple[int, ...]], device: torch.de
     time_step(device, 2, 9000) if device.type == "cpu" else time_step(device, *LOGITS)
 
 
+def time_shape(
+    n: int, k: int, chosen: argparse.Namespace, device: torch.device
+) -> Iterator[dict[str, Any]]:
+    """Cells of a shape, one for each number of rows."""
+    layers = {"|".join(map(str, one)): make_layer(n, k, one, device) for one in chosen.layouts}
+    baselines, missing = find_baselines(n, k, device)
+    for rows in chosen.rows:
+        say(f"times: {n}x{k}, {rows} rows")
+        yield {
+            "shape": f"{n}x{k}",
+            "n": n,
+            "k": k,
+            "rows": rows,
+            "seconds": {name: time_layer(layer, rows) for name, layer in layers.items()},
+            "bytes_read": {
+                name: {str(width): layer.bytes_read(width) for width in layer.widths}
+                for name, layer in layers.items()
+            },
+            "baselines": {one.name: time_baseline(one, k, rows, device) for one in baselines},
+            "unavailable": missing,
+        }
+
+
 def measure(chosen: argparse.Namespace, device: torch.device) -> dict[str, Any] | None:
     """All results, as they are written; None when the gate is red."""
     on_gpu = device.type == "cuda"
     rows, vocabulary = LOGITS if on_gpu else (3, 9000)
     checks = [gate_entropy(device, rows, vocabulary)]
-    for one in chosen.layouts:
-        for n, k in chosen.shapes:
+    for n, k in chosen.shapes:
+        for one in chosen.layouts:
             say(f"gate: {n}x{k}, {'|'.join(map(str, one))}")
             checks += gate(make_layer(n, k, one, device), chosen.gate_rows)
     red = [check for check in checks if not check["passed"]]
@@ -209,24 +242,7 @@ def measure(chosen: argparse.Namespace, device: torch.device) -> dict[str, Any] 
         say(f"RED {check}")
     if red:
         return None
-    cells = []
-    for n, k in chosen.shapes:
-        for count in chosen.rows:
-            say(f"times: {n}x{k}, {count} rows")
-            cell: dict[str, Any] = {"shape": f"{n}x{k}", "n": n, "k": k, "rows": count}
-            cell["seconds"] = {
-                "|".join(map(str, one)): time_layer(make_layer(n, k, one, device), count)
-                for one in chosen.layouts
-            }
-            cell["bytes_read"] = {
-                "|".join(map(str, one)): {
-                    str(width): layer.bytes_read(width) for width in layer.widths
-                }
-                for one in chosen.layouts
-                for layer in [make_layer(n, k, one, device)]
-            }
-            cell["baselines"] = time_baselines(n, k, count, device)
-            cells.append(cell)
+    cells = [cell for n, k in chosen.shapes for cell in time_shape(n, k, chosen, device)]
     results = {
         "interpreted": not on_gpu,
         "copy_bytes_per_s": gpu_timing.copy_bandwidth(device, 1 << (30 if on_gpu else 20)),
@@ -273,7 +289,7 @@ def main(arguments: list[str]) -> int:
             f"{one} at {width}": seconds
             for one, found in cell["seconds"].items()
             for width, seconds in found.items()
-        } | {name: one for name, one in cell["baselines"].items() if isinstance(one, float)}
+        } | cell["baselines"]
         text = "  ".join(f"{name} {seconds * 1e6:.1f}" for name, seconds in times.items())
         print(f"{cell['shape']:14s} {cell['rows']:5d} rows, us: {text}")
     for target in results["targets"]:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Make the table of launches of a GPU's family, on that GPU.
 
-    python -m benchmarks.kernels.tune [--shapes NxK ...] [--layouts LAYOUT ...] [--out FILE]
+    python -m benchmarks.kernels.tune [--quick] [--shapes NxK ...] [--layouts LAYOUT ...]
 
 For each layout, shape and bucket of rows, every launch that fits is checked against the reference
 and timed at every width, weights coming from memory; the one whose times are on average the least
@@ -38,13 +38,16 @@ LAYOUTS = [(4, 2, 2), (2, 2, 4), (2, 1, 1, 2, 2)]
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 WARPS = (2, 4, 8)
 STAGES = (1, 2, 3)
+QUICK_WARPS = (2, 4)
+QUICK_STAGES = (2,)
+QUICK_ROWS = (1, 8, 16, 64)
 THRESHOLD_ROWS = (64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
 Measure = Callable[[NestedLayer, int, Any], Mapping[int, float]]
 """Seconds at each width of a layer on so many rows, launched so; empty where that is wrong."""
 
 
-def launches(rows: int, k: int, target: str) -> Iterator[Any]:
+def launches(rows: int, k: int, target: str, quick: bool = False) -> Iterator[Any]:
     """Every launch that is worth a try."""
     from flexquant_kernels.triton import tuning
 
@@ -52,8 +55,8 @@ def launches(rows: int, k: int, target: str) -> Iterator[Any]:
     enough = next((b for b in blocks if b >= rows), blocks[-1])
     for block in (b for b in blocks if b <= enough):
         for splits in (s for s in SPLITS if s <= tuning.most_splits(rows, k)):
-            for warps in WARPS:
-                for stages in STAGES:
+            for warps in QUICK_WARPS if quick else WARPS:
+                for stages in QUICK_STAGES if quick else STAGES:
                     yield tuning.Launch(block, splits, warps, stages)
 
 
@@ -111,6 +114,7 @@ def entries(
     target: str,
     make: Callable[[int, int, tuple[int, ...]], NestedLayer],
     measure: Measure,
+    quick: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Entries of the table, one for each layout, shape and bucket of rows that K is split for."""
     from flexquant_kernels.triton import tuning
@@ -118,8 +122,10 @@ def entries(
     for layout in layouts:
         for n, k in shapes:
             layer = make(n, k, layout)
-            for rows in (b for b in tuning.BUCKETS if b <= tuning.MAX_SPLIT_ROWS):
-                times = {one: measure(layer, rows, one) for one in launches(rows, k, target)}
+            split = tuple(rows for rows in tuning.BUCKETS if rows <= tuning.MAX_SPLIT_ROWS)
+            for rows in QUICK_ROWS if quick else split:
+                tried = launches(rows, k, target, quick)
+                times = {one: measure(layer, rows, one) for one in tried}
                 chosen = best(times)
                 if chosen is None:
                     raise RuntimeError(f"no launch is right for {n}x{k}, {rows} rows, {layout}")
@@ -187,11 +193,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    every = [one for shapes in SHAPES.values() for one in shapes]
-    parser.add_argument("--shapes", type=shape, nargs="+", default=every, metavar="NxK")
-    parser.add_argument("--layouts", type=layout, nargs="+", default=LAYOUTS, metavar="LAYOUT")
+    parser.add_argument("--quick", action="store_true", help="4|2|2, Llama-3-8B, fewer launches")
+    parser.add_argument("--shapes", type=shape, nargs="+", metavar="NxK")
+    parser.add_argument("--layouts", type=layout, nargs="+", metavar="LAYOUT")
     parser.add_argument("--out", type=Path, help="default: the family's table in the package")
     chosen = parser.parse_args(arguments)
+    every = [one for shapes in SHAPES.values() for one in shapes]
+    shapes = chosen.shapes or (SHAPES["Llama-3-8B"] if chosen.quick else every)
+    layouts = chosen.layouts or LAYOUTS[: 1 if chosen.quick else None]
     try:
         device = gpu_timing.find_gpu("tuning")
     except gpu_timing.NoGpuError as error:
@@ -203,15 +212,16 @@ def main(arguments: list[str] | None = None) -> int:
     target = target_of(device)
     made = []
     for entry in entries(
-        chosen.shapes,
-        chosen.layouts,
+        shapes,
+        layouts,
         target,
         lambda n, k, planes: make_layer(n, k, planes, device),
         measured,
+        chosen.quick,
     ):
         made.append(entry)
         print(json.dumps(entry), flush=True)
-    times = threshold_times(chosen.shapes, device)
+    times = threshold_times(shapes, device)
     out = chosen.out or tuning.FOLDER / f"{target}.json"
     write_table(out, target, made, times, torch.cuda.get_device_name(device))
     print(f"written: {out}")

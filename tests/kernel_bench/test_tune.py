@@ -40,6 +40,7 @@ def test_what_is_tried_can_be_launched(tuning) -> None:
             assert {one.splits for one in tried} == {1, 2, 3, 4}
             heuristic = tuning.heuristic(rows, 64, 1024, target, 132)
             assert heuristic in tried
+            assert set(tune.launches(rows, 1024, target, quick=True)) < set(tried)
 
 
 def test_the_launch_that_serves_all_widths_best_is_taken() -> None:
@@ -77,6 +78,8 @@ def test_a_table_is_made_and_read(tuning, tmp_path, device) -> None:
     made = list(tune.entries([(128, 1024)], [(4, 2, 2)], "sm_90", make, measure))
     assert [entry["rows"] for entry in made] == [1, 2, 4, 8, 16, 32, 64]
     assert [entry["splits"] for entry in made] == [1, 2, 4, 4, 4, 4, 4]
+    quick = tune.entries([(128, 1024)], [(4, 2, 2)], "sm_90", make, measure, quick=True)
+    assert [entry["rows"] for entry in quick] == [1, 8, 16, 64]
     out = tmp_path / "tuned" / "sm_90.json"
     tune.write_table(out, "sm_90", made, {64: (1.0, 2.0), 128: (2.0, 1.0)}, "a GPU")
     table = tuning.read_table(out)

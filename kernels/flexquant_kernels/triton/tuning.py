@@ -8,8 +8,8 @@ GPU and never inside an engine:
      "entries": [{"layout": "4|2|2", "n": 4096, "k": 4096, "rows": 8,
                   "block": 8, "splits": 4, "warps": 2, "stages": 2}, ...]}
 
-An entry serves a shape and up to ``rows`` rows of x, more than the entry before. A launch depends
-on shapes and device alone, never on the width. No table has been measured so far.
+``rows`` is one of ``BUCKETS``: an entry serves so many rows of x, down to the bucket below. A launch
+depends on shapes and device alone, never on the width. No table has been measured so far.
 """
 
 import json
