@@ -15,7 +15,7 @@ TARGETS = (
 @cache
 def target_of(device: torch.device) -> str:
     """``sm_90``, ``gfx942``, ...; ``none`` without a GPU."""
-    if device.type != "cuda":
+    if device.type != "cuda" or not torch.cuda.is_available():
         return "none"
     if torch.version.hip is not None:
         name = str(torch.cuda.get_device_properties(device).gcnArchName)
@@ -44,6 +44,8 @@ def triton_version() -> str | None:
 def why_no_triton(device: torch.device) -> str | None:
     """A clause that says why the Triton kernels cannot run on a GPU; None if they can."""
     target = target_of(device)
+    if target == "none":
+        return f"torch {torch.__version__} can use no cuda device here: install its CUDA build"
     if target not in TARGETS:
         return f"GPU {target} is none of those that they are compiled for ({', '.join(TARGETS)})"
     version = triton_version()

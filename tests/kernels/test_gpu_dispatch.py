@@ -92,11 +92,15 @@ def test_what_triton_does_not_take_runs_on_the_reference(machine, caplog, change
     assert caplog.records == []
 
 
-def test_this_machine(machine) -> None:
+def test_this_machine(monkeypatch) -> None:
     """As it is; the version is that of the Triton which is imported."""
+    monkeypatch.setattr(ops, "_warned_gpu", True)
     if not torch.cuda.is_available():
         assert gpus.target_of(torch.device("cpu")) == "none"
         assert gpus.processors(torch.device("cpu")) == 1
+        choice = _dispatch(device="cuda")
+        assert (choice.name, choice.relaid) == ("reference", False)
+        assert "can use no cuda device here" in choice.reason
     triton = pytest.importorskip("triton")
     assert gpus.triton_version() == triton.__version__
 

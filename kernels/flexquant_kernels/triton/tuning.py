@@ -8,7 +8,7 @@ GPU and never inside an engine:
      "entries": [{"layout": "4|2|2", "n": 4096, "k": 4096, "rows": 8,
                   "block": 8, "splits": 4, "warps": 2, "stages": 2}, ...]}
 
-``rows`` is one of ``BUCKETS``: an entry serves so many rows of x, down to the bucket below. A launch
+``rows`` is one of ``BUCKETS``: an entry serves so many rows of x, down to the bucket below. It
 depends on shapes and device alone, never on the width. No table has been measured so far.
 """
 
