@@ -91,7 +91,7 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def gpu(device: torch.device) -> Iterator[ModuleType]:
     """flexquant_kernels.triton, interpreted where there is no GPU."""
     triton = pytest.importorskip("triton")

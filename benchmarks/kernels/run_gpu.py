@@ -5,7 +5,8 @@
     python -m benchmarks.kernels.run --device cpu --interpret --quick
     ncu --set full python -m benchmarks.kernels.run --device cuda --profile 14336x4096
 
-Needs torch, triton and numpy alone, and no network. If a kernel is wrong at any shape, width or
+Needs torch, triton and numpy alone, and no network; where the packages are not installed, with
+`PYTHONPATH=kernels`. If a kernel is wrong at any shape, width or
 number of rows, the run ends with status 1 and writes nothing. Times are of CUDA graph replays whose
 calls take turns on copies, so that weights come from memory (`gpu_timing.py`). Interpreted, all of
 it runs on a small layer, and times mean nothing. Untested on GPUs.

@@ -49,6 +49,23 @@ def test_interpreted_from_end_to_end(tmp_path) -> None:
         assert "needs a GPU" in cell["unavailable"]["torch_int4"]
 
 
+def test_a_bare_machine_is_enough() -> None:
+    """With torch, triton and numpy; what this project needs elsewhere is not imported."""
+    pytest.importorskip("triton")
+    others = ("matplotlib", "pydantic", "rich", "safetensors", "transformers", "typer", "vllm")
+    code = (
+        "import sys, benchmarks.kernels.run, benchmarks.kernels.run_gpu, benchmarks.kernels.tune\n"
+        "import flexquant_kernels.triton\n"
+        f"print(sorted({{*{others!r}, 'vllm_flexquant'}} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr
+
+
 def test_the_gate_is_red_for_a_wrong_weight(gpu, device) -> None:
     from benchmarks.kernels import run_gpu
 

@@ -76,13 +76,6 @@ def test_registers_are_set_where_ptxas_would_spill(tuning) -> None:
         assert tuning.compiler_options(block, group_size, target) == {}
 
 
-def test_tables_in_the_package_can_be_read(tuning) -> None:
-    """None so far; the first one is read here, with launches that its family can have."""
-    for path in tuning.FOLDER.glob("*.json"):
-        assert json.loads(path.read_text())["target"] == path.stem
-        assert tuning.read_table(path).launches
-
-
 @pytest.mark.parametrize(
     ("table", "words"),
     [
