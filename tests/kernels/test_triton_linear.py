@@ -207,6 +207,15 @@ def test_shapes(gpu, relaid) -> None:
     assert gpu.linear(x.new_empty(2, 0, 64), device, _width(8)).shape == (2, 0, 17)
 
 
+def test_activations_at_odd_addresses(gpu, relaid) -> None:
+    _, device = relaid(17, 64, 32)
+    x = _x(3, 64).half().to(DEVICE)
+    want = gpu.linear(x, device, _width(6))
+    for by in (1, 3, 5):
+        moved = x.new_empty(x.numel() + by)[by:].view(x.shape).copy_(x)
+        assert torch.equal(gpu.linear(moved, device, _width(6)), want)
+
+
 def test_activations_out_of_the_ordinary(gpu, relaid) -> None:
     """A NaN or an infinity makes its row NaN; the others do not change. Zeros give zeros."""
     _, device = relaid(17, 64, 32)
@@ -264,5 +273,10 @@ def test_bad_weights_say_what_to_do(gpu, make_weight) -> None:
     refused("plane of width 4 is torch.int32", [planes[0].int()] * 3, scales, (4, 2, 2), 32, 64)
     refused("give uint8 ", planes, scales, (2, 2, 4), 32, 64)
     refused("scales have shape", planes, scales[:, :1], (4, 2, 2), 32, 64)
+    refused(r"planes have no rows: a layer \[0, 64\]", [p[:0] for p in planes], scales[:0],
+            (4, 2, 2), 32, 64)  # fmt: skip
+    refused("k = 0 ", planes, scales, (4, 2, 2), 32, 0)
+    refused("planes are on .*meta.* but the scales on cpu: move one",
+            [p.to("meta") for p in planes], scales, (4, 2, 2), 32, 64)  # fmt: skip
     refused("scales are torch.float32", planes, scales.float(), (4, 2, 2), 32, 64)
     refused("group_size 128 does not divide", planes, scales, (4, 2, 2), 128, 64)

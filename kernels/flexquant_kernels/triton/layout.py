@@ -194,6 +194,9 @@ def relay(
         planes: storage planes uint8 [N, K*w/8], most significant first; all of the layout, or the
             first of them.
         scales: fp16 [N, K/g, S, 2], S the number of widths or 1.
+
+    Raises:
+        ValueError: a tensor is not what it should be, or the layout has no kernel.
     """
     widths = check_layout(layout)
     check_k(k)
@@ -206,6 +209,11 @@ def relay(
             "of the widths in use"
         )
     n = planes[0].shape[0]
+    if n == 0:
+        raise ValueError(f"planes have no rows: a layer [0, {k}] runs on no kernel")
+    if any(plane.device != scales.device for plane in planes):
+        devices = ", ".join(str(plane.device) for plane in planes)
+        raise ValueError(f"planes are on {devices} but the scales on {scales.device}: move one")
     if tuple(scales.shape) not in [(n, k // group_size, s, 2) for s in (1, len(widths))]:
         raise ValueError(
             f"scales have shape {tuple(scales.shape)}: give [{n}, {k // group_size}, S, 2] "
