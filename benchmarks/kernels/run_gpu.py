@@ -31,6 +31,7 @@ from benchmarks.kernels.gpu_layers import (
     activations,
     make_layer,
 )
+from benchmarks.kernels.gpu_plot import plot
 from benchmarks.kernels.gpu_targets import judge
 from benchmarks.kernels.tune import LAYOUTS, SHAPES, layout, shape
 from benchmarks.provenance import ROOT, provenance, write_json
@@ -285,6 +286,9 @@ def main(arguments: list[str]) -> int:
     if results["interpreted"]:
         print(f"{len(results['gate'])} checks passed, interpreted: times mean nothing")
         return 0
+    picture = chosen.out.with_suffix(".png")
+    if plot(results["cells"], picture, f"linear [N, K], bf16, on {facts['gpu']['name']}"):
+        say(f"written: {picture}")
     for cell in results["cells"]:
         times = {
             f"{one} at {width}": seconds

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks.kernels import gpu_baselines, gpu_targets, run
+from benchmarks.kernels import gpu_baselines, gpu_plot, gpu_targets, run
 from benchmarks.kernels.gpu_layers import activations, make_layer
 from benchmarks.provenance import ROOT
 
@@ -115,6 +115,23 @@ def test_targets_are_judged() -> None:
     assert (int4["cases"], int4["worst"], int4["text"]) == (0, None, "not measured")
     step = judged["entropy and decision: 15 us over their time"]
     assert (step["met"], step["worst"]) == (0, pytest.approx(0.75))
+
+
+def test_times_are_plotted_by_rows(tmp_path, monkeypatch) -> None:
+    cells = _results()["cells"]
+    found = gpu_plot.lines([cell for cell in cells if cell["n"] == 14336][::-1])
+    assert found == {
+        "4|2|2 at 4 bit": ([1, 256], [pytest.approx(5.0)] * 2),
+        "4|2|2 at 8 bit": ([1, 256], [pytest.approx(9.0)] * 2),
+        "torch bf16": ([1, 256], [pytest.approx(8.1)] * 2),
+    }
+    picture = tmp_path / "speed.png"
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert not gpu_plot.plot(cells, picture, "a GPU")
+    monkeypatch.undo()
+    pytest.importorskip("matplotlib")
+    assert gpu_plot.plot(cells, picture, "a GPU")
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_bad_arguments_are_refused(capsys) -> None:
