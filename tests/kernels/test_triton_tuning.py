@@ -47,13 +47,16 @@ def test_the_heuristic_depends_on_shapes_and_device_alone(tuning) -> None:
 
 
 def test_an_entry_serves_its_shape_and_rows(tuning, tmp_path) -> None:
-    table = tuning.read_table(_written(tmp_path, TABLE))
+    more = ENTRY | {"rows": 64, "block": 32, "splits": 2}
+    table = tuning.read_table(_written(tmp_path, TABLE | {"entries": [ENTRY, more]}))
 
     def chosen(rows: int, n: int = 4096, layout: tuple[int, ...] = (4, 2, 2)):
         return tuning.choose(table, layout, rows, n, 4096, "sm_90", 132)
 
-    entry = tuning.Launch(8, 4, 4, 3)
-    assert [rows for rows in range(1, 201) if chosen(rows) == entry] == [5, 6, 7, 8]
+    few, many = tuning.Launch(8, 4, 4, 3), tuning.Launch(32, 2, 4, 3)
+    assert [rows for rows in range(1, 201) if chosen(rows) == few] == list(range(1, 9))
+    assert [rows for rows in range(1, 201) if chosen(rows) == many] == list(range(9, 65))
+    assert chosen(65) == tuning.heuristic(65, 4096, 4096, "sm_90", 132)
     assert chosen(8, n=4032) == tuning.heuristic(8, 4032, 4096, "sm_90", 132)
     assert chosen(8, layout=(2, 2, 4)) == tuning.heuristic(8, 4096, 4096, "sm_90", 132)
     assert chosen(200) is not None

@@ -8,8 +8,8 @@ GPU and never inside an engine:
      "entries": [{"layout": "4|2|2", "n": 4096, "k": 4096, "rows": 8,
                   "block": 8, "splits": 4, "warps": 2, "stages": 2}, ...]}
 
-``rows`` is one of ``BUCKETS``: an entry serves so many rows of x, down to the bucket below. It
-depends on shapes and device alone, never on the width. No table has been measured so far.
+An entry serves up to ``rows`` rows of x, one of ``BUCKETS``, and more than the next smaller entry
+of its shape. It does not depend on the width. No table has been measured so far.
 """
 
 import json
@@ -58,11 +58,15 @@ class Launch:
     stages: int
 
 
+Key = tuple[tuple[int, ...], int, int, int]
+"""Layout, n, k, one of ``BUCKETS``."""
+
+
 @dataclass(frozen=True)
 class Table:
-    """launches: by (layout, n, k, bucket of rows). dequantize_above: rows."""
+    """dequantize_above: rows."""
 
-    launches: dict[tuple[tuple[int, ...], int, int, int], Launch]
+    launches: dict[Key, Launch]
     dequantize_above: int
 
 
@@ -104,7 +108,7 @@ def heuristic(rows: int, n: int, k: int, target: str, processors: int) -> Launch
     return Launch(block, max(1, splits), WARPS[block], STAGES)
 
 
-def _entry(entry: dict[str, object], target: str) -> tuple[tuple, Launch]:
+def _entry(entry: dict[str, object], target: str) -> tuple[Key, Launch]:
     """(key, launch) of an entry.
 
     Raises:
@@ -141,7 +145,7 @@ def read_table(path: Path) -> Table:
             raise TableError(
                 f"{path.name} has format {whole['format']}, this version reads {FORMAT}: tune again"
             )
-        launches = dict(_entry(entry, str(whole["target"])) for entry in whole["entries"])
+        known = dict(_entry(entry, str(whole["target"])) for entry in whole["entries"])
         above = int(whole["dequantize_above"])
     except TableError as error:
         raise TableError(f"{path.name}: {error}") from None
@@ -149,6 +153,10 @@ def read_table(path: Path) -> Table:
         raise TableError(f"{path.name} is no table of launches ({error!r}): tune again") from error
     if above < 1:
         raise TableError(f"{path.name}: dequantize_above is {above}, not a number of rows")
+    launches: dict[Key, Launch] = {}
+    for layout, n, k, rows in sorted(known, key=lambda key: -key[3]):  # smaller ones replace
+        for fewer in (b for b in BUCKETS if b <= rows):
+            launches[layout, n, k, fewer] = known[layout, n, k, rows]
     return Table(launches, above)
 
 
