@@ -169,6 +169,9 @@ def main(arguments: list[str] | None = None) -> int:
                     wrong += 1
                     print(f"  {fault}")
     if not chosen.check:
+        if not chosen.quick:  # what is no longer compiled goes
+            done = {(row["triton"], row["target"]) for row in rows}
+            table = {k: row for k, row in table.items() if k[:2] not in done}
         table |= {key(row): row for row in rows}
         ordered = [table[k] for k in sorted(table)]
         write_json(chosen.out, ordered, provenance())

@@ -78,15 +78,14 @@ def bucket(rows: int) -> int:
 def row_blocks(target: str) -> tuple[int, ...]:
     """Rows that a program may take on sm_90, gfx942, ...; further rows take further programs.
 
-    By what was compiled: with 64 rows, or on sm_120 with 32, the kernel spills registers. On sm_100
-    four warps bring in its other tensor cores, which unpacked weights do not reach from registers.
-    AMD's matrix products take 16 rows at least.
+    By what was compiled: with 64 rows, or on sm_120 with 32, the kernel spills registers; on sm_89
+    with 32 under Triton 3.6. On sm_100 four warps bring in its other tensor cores, which unpacked
+    weights do not reach from registers. AMD's matrix products take 16 rows at least.
     """
     if target.startswith("gfx"):
         return (16, 32)
-    return {"sm_100": (8,), "sm_103": (8,), "sm_120": (8, 16), "sm_121": (8, 16)}.get(
-        target, tuple(WARPS)
-    )
+    fewer = {"sm_89": (8, 16), "sm_100": (8,), "sm_103": (8,), "sm_120": (8, 16), "sm_121": (8, 16)}
+    return fewer.get(target, tuple(WARPS))
 
 
 def row_block(rows: int, target: str) -> int:
