@@ -91,6 +91,34 @@ def test_a_row_worse_than_in_the_table() -> None:
     assert list(aot.faults(small | {"instructions": 630}, small)) == []
 
 
+def test_the_table_keeps_what_was_not_compiled_anew(monkeypatch, tmp_path, capsys) -> None:
+    for variable in ("TRITON_CACHE_DIR", "TRITON_INTERPRET"):
+        monkeypatch.setenv(variable, "0")  # which `main` changes
+    out = tmp_path / "table.json"
+
+    def compiled(version: str, names: str, *arguments: str) -> int:
+        def examine(name: str, target: str) -> dict:
+            return _row(variant=name, target=target, triton=version)
+
+        monkeypatch.setattr(aot, "examine", examine)
+        monkeypatch.setattr(aot, "cases", lambda target, quick: names)
+        return aot.main(["--out", str(out), "--targets", "sm_90", *arguments])
+
+    def table() -> list[str]:
+        rows = json.loads(out.read_text())["results"]
+        return [f"{row['triton']} {row['variant']}" for row in rows]
+
+    assert compiled("1", "ab") == compiled("2", "ab") == 0
+    assert compiled("2", "ac", "--quick") == 0
+    assert table() == ["1 a", "1 b", "2 a", "2 b", "2 c"]
+    assert compiled("2", "a") == 0
+    assert table() == ["1 a", "1 b", "2 a"]
+    capsys.readouterr()
+    assert compiled("2", "d", "--check") == 0
+    assert "not in the table" in capsys.readouterr().out
+    assert "2 d" not in table()
+
+
 LISTING = """
 \t.L_x_1:
         /*0000*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
