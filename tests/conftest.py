@@ -2,8 +2,9 @@
 """Fixtures that several test folders share."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -82,3 +83,28 @@ def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     weights = [1 / (i + 1) for i in range(len(WORDS))]
     file.write_text(" ".join(generator.choices(WORDS, weights, k=4000)))
     return file
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where the Triton kernels run: a GPU, or the CPU in Triton's interpreter."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="module")
+def gpu(device: torch.device) -> Iterator[ModuleType]:
+    """flexquant_kernels.triton, interpreted where there is no GPU."""
+    triton = pytest.importorskip("triton")
+    # a launch would import it, and find functions replaced
+    pytest.importorskip("triton.experimental.gluon")
+    interpreted = device.type == "cpu"
+    with pytest.MonkeyPatch.context() as patch:
+        with triton.knobs.runtime.scope():
+            triton.knobs.runtime.interpret = interpreted
+            # sum and max were made for a GPU when triton was imported, which may be long ago
+            for module in (triton.language, triton.language.standard) if interpreted else ():
+                for name, value in list(vars(module).items()):
+                    if isinstance(value, triton.JITFunction):
+                        patch.setattr(module, name, triton.jit(value.fn))
+            import flexquant_kernels.triton as kernels
+        yield kernels

@@ -4,7 +4,8 @@
 The plain-torch reference is registered under CompositeExplicitAutograd, so every device has an
 implementation. ``load_native`` adds the CPU key from C++, which then takes precedence on CPU
 tensors and hands what it does not cover (tile 0, other layouts) to
-``flexquant::linear_reference``.
+``flexquant::linear_reference``. On GPUs, weights in the form of ``triton/layout.py`` go through
+``flexquant::linear_relaid``, and ``flexquant::entropy`` takes the Triton kernel where there is one.
 
 Importing this module registers the operators and does nothing else: it neither builds nor loads.
 """
@@ -13,10 +14,11 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 
-from . import reference
+from . import gpu, reference
 from .cpu import build as cpu_build
 from .cpu import native
 from .pack import GROUP_SIZES, K_MULTIPLE, TILE, check_layout, clamp_width
@@ -26,6 +28,7 @@ logger = logging.getLogger("vllm_flexquant.kernels")
 NAMESPACE = "flexquant"
 NATIVE_LAYOUTS: frozenset[tuple[int, ...]] = frozenset({(4, 2, 2), (2, 2, 4), (2, 1, 1, 2, 2)})
 NATIVE_DTYPES: frozenset[torch.dtype] = frozenset({torch.float32, torch.bfloat16, torch.float16})
+TRITON_DTYPES: frozenset[torch.dtype] = frozenset({torch.bfloat16, torch.float16})
 
 _LINEAR_SIGNATURE = (
     "(Tensor x, Tensor[] planes, Tensor scales, Tensor width, Tensor? bias, int[] layout, "
@@ -34,6 +37,10 @@ _LINEAR_SIGNATURE = (
 _SCHEMAS = {
     "linear": _LINEAR_SIGNATURE,
     "linear_reference": _LINEAR_SIGNATURE,
+    "linear_relaid": (
+        "(Tensor x, Tensor[] planes, Tensor scales, Tensor counters, Tensor width, Tensor? bias, "
+        "int[] layout, int group_size, int out_features) -> Tensor"
+    ),
     "entropy": "(Tensor logits) -> Tensor",
 }
 
@@ -94,6 +101,51 @@ def _linear_fake(
     return x.new_empty((*x.shape[:-1], out_features))
 
 
+def _linear_relaid(
+    x: torch.Tensor,
+    planes: Sequence[torch.Tensor],
+    scales: torch.Tensor,
+    counters: torch.Tensor,
+    width: torch.Tensor,
+    bias: torch.Tensor | None,
+    layout: Sequence[int],
+    group_size: int,
+    out_features: int,
+) -> torch.Tensor:
+    from . import triton
+
+    weight = triton.DeviceWeight(
+        tuple(planes), scales, counters, tuple(layout), group_size, out_features, x.shape[-1]
+    )
+    return triton.linear(x.contiguous(), weight, width, bias)
+
+
+def _linear_relaid_fake(
+    x: torch.Tensor,
+    planes: Sequence[torch.Tensor],
+    scales: torch.Tensor,
+    counters: torch.Tensor,
+    width: torch.Tensor,
+    bias: torch.Tensor | None,
+    layout: Sequence[int],
+    group_size: int,
+    out_features: int,
+) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _entropy(logits: torch.Tensor) -> torch.Tensor:
+    if (
+        logits.device.type == "cuda"
+        and logits.dtype in NATIVE_DTYPES
+        and triton_status(logits.device) is None
+    ):
+        from . import triton
+
+        return triton.entropy(logits)
+    return reference.entropy(logits)
+
+
 def _entropy_fake(logits: torch.Tensor) -> torch.Tensor:
     return logits.new_empty((logits.shape[0],), dtype=torch.float32)
 
@@ -101,7 +153,8 @@ def _entropy_fake(logits: torch.Tensor) -> torch.Tensor:
 _IMPLEMENTATIONS: dict[str, tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]] = {
     "linear": (_linear, _linear_fake),
     "linear_reference": (_linear, _linear_fake),
-    "entropy": (reference.entropy, _entropy_fake),
+    "linear_relaid": (_linear_relaid, _linear_relaid_fake),
+    "entropy": (_entropy, _entropy_fake),
 }
 
 
@@ -141,16 +194,22 @@ class NativeStatus:
 
 @dataclass(frozen=True)
 class KernelChoice:
-    """Kernel of one layer, the form its planes must have (tile 0 or 16) and why."""
+    """Kernel of one layer, the form its planes must have and why.
+
+    tile: 0 (storage form) or 16. relaid: in the form of ``triton/layout.py`` instead, for
+    ``flexquant::linear_relaid``.
+    """
 
     name: str
     tile: int
     reason: str
+    relaid: bool = False
 
 
 _lock = threading.Lock()
 _status: NativeStatus | None = None
 _warned = False
+_warned_gpu = False
 
 
 def native_status() -> NativeStatus:
@@ -214,6 +273,23 @@ def _loaded_reason(isa: str) -> str:
     return f"the native kernels are loaded and use {isa}"
 
 
+@cache
+def triton_status(device: torch.device) -> str | None:
+    """A clause that says why a GPU has no Triton kernels; None if it has. Warned about once."""
+    global _warned_gpu
+    why = gpu.why_no_triton(device)
+    with _lock:
+        if why is not None and not _warned_gpu:
+            _warned_gpu = True
+            logger.warning(
+                "flexquant runs on its plain-torch reference path on %s, because the Triton "
+                "kernels cannot: %s. Every layer is dequantized at every step.",
+                device,
+                why,
+            )
+    return why
+
+
 _FUSED = "fused: planes are unpacked into registers and multiplied at once"
 _PANEL = "blocked: a tile of planes is unpacked into a panel, and blocks of rows multiplied from it"
 _TILES = "AMX: a tile of planes is unpacked into a panel, which is one operand of a tile product"
@@ -231,23 +307,49 @@ def row_paths(isa: str) -> list[tuple[str, str]]:
 
 
 def dispatch(
-    device_type: str, dtype: torch.dtype, k: int, n: int, group_size: int, layout: Sequence[int]
+    device: str | torch.device,
+    dtype: torch.dtype,
+    k: int,
+    n: int,
+    group_size: int,
+    layout: Sequence[int],
 ) -> KernelChoice:
-    """Kernel for one linear layer [n, k]; never builds: call ``load_native`` first."""
+    """Kernel for one linear layer [n, k]; never builds: call ``load_native`` first.
+
+    Args:
+        device: ``cuda`` without an index is the current GPU.
+        dtype: of the activations.
+        layout: plane widths, most significant first.
+
+    Raises:
+        ValueError: ``layout`` is none.
+    """
     layout = check_layout(layout)
-    status = native_status()
-    if device_type != "cpu":
-        reason = (
-            f"device type {device_type} has no native kernel; the plain-torch reference is used"
-        )
-    elif not status.loaded:
-        reason = f"the plain-torch reference is used because {status.reason}"
+    device = torch.device(device)
+    what = f"on {dtype}, [{n}, {k}], groups of {group_size}, layout {layout}"
+    if device.type == "cpu":
+        status = native_status()
+        missing = None if status.loaded else status.reason
+        name, tile, dtypes = f"cpu_{status.isa}", TILE, NATIVE_DTYPES
+        reason = f"{status.isa} {what}"
+    elif device.type == "cuda":
+        if device.index is None and torch.cuda.is_available():
+            device = torch.device("cuda", torch.cuda.current_device())
+        missing = triton_status(device)
+        name, tile, dtypes = "triton", 0, TRITON_DTYPES
+        reason = f"Triton on {gpu.target_of(device)} {what}" if missing is None else ""
+    else:
+        missing = f"device type {device.type} has no native kernel"
+        name, tile, dtypes, reason = "", 0, frozenset(), ""
+    if missing is not None:
+        reason = f"the plain-torch reference is used because {missing}"
     elif layout not in NATIVE_LAYOUTS:
         reason = (
             f"layout {layout} has no native kernel; those with one are {sorted(NATIVE_LAYOUTS)}"
         )
-    elif dtype not in NATIVE_DTYPES:
-        reason = f"dtype {dtype} has no native kernel; use bfloat16, float16 or float32"
+    elif dtype not in dtypes:
+        known = ", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
+        reason = f"dtype {dtype} has no native kernel; use one of {known}"
     elif k <= 0 or n <= 0 or k % K_MULTIPLE:
         reason = (
             f"shape [{n}, {k}] does not fit the native kernel, "
@@ -259,9 +361,5 @@ def dispatch(
             f"which takes {GROUP_SIZES} dividing k = {k}"
         )
     else:
-        return KernelChoice(
-            f"cpu_{status.isa}",
-            TILE,
-            f"{status.isa} on {dtype}, [{n}, {k}], groups of {group_size}, layout {layout}",
-        )
+        return KernelChoice(name, tile, reason, relaid=device.type == "cuda")
     return KernelChoice("reference", 0, reason)

@@ -210,3 +210,26 @@ def entropy(logits: torch.Tensor) -> torch.Tensor:
     total = p.sum(dim=1)
     moment = torch.where(p == 0, p, p * shifted).sum(dim=1)
     return total.log() - moment / total
+
+
+def probe_level(
+    scores: torch.Tensor, live: torch.Tensor, kl: torch.Tensor, budget: float, aggregate: str
+) -> int | None:
+    """The cheapest level whose KL times the aggregate of the scores is within the budget.
+
+    Args:
+        scores: fp32 [rows], a row's expected KL over that of the average token; one that is not
+            finite asks for the best level.
+        live: bool [rows], those that count; None comes out if none does.
+        kl: fp32 [levels], calibrated mean KL at each level, nats a token, the cheapest first.
+        aggregate: mean or max.
+
+    Returns:
+        The best level where none is within the budget.
+    """
+    counted = torch.nan_to_num(scores[live], nan=torch.inf, posinf=torch.inf)
+    if len(counted) == 0:
+        return None
+    whole = counted.max() if aggregate == "max" else counted.double().mean().float()
+    within = (kl * whole <= budget).tolist()
+    return within.index(True) if True in within else len(kl) - 1

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from flexquant_kernels import ops
 from flexquant_kernels.cpu import native
@@ -31,6 +32,9 @@ def test_with_the_native_kernels():
     assert lines[0] == f"native CPU kernels: {status.reason}"
     assert f"library:            {status.path}" in lines
     assert next(line for line in lines if line.startswith("made by:")).split(maxsplit=2)[2]
+    if not torch.cuda.is_available():
+        triton = next(line for line in lines if line.startswith("Triton kernels:"))
+        assert "none here: torch " in triton
     states = _table(lines, "instruction set")
     assert states[status.isa] == ["selected"]
     for isa in native.ISAS:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.kernels import baselines, gate, plain_read, report, run, timing, worker
+from benchmarks.kernels import baselines, gate, plain_read, report, timing, worker
+from benchmarks.kernels import run_cpu as run
 from benchmarks.kernels.contenders import (
     Contender,
     Nested,

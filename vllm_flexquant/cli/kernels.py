@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `flexquant kernels` prints: instruction sets, kernels by layout and dtype, the library."""
+"""What `flexquant kernels` prints: instruction sets, kernels by layout and dtype, library, GPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from flexquant_kernels import ops
+from flexquant_kernels import gpu, ops
 from flexquant_kernels.cpu import build as cpu_build
 from flexquant_kernels.cpu import native
 
@@ -30,6 +30,10 @@ def report(build: bool) -> Iterator[str]:
         yield f"library:            none in {cpu_build.cache_dir()}"
     compiler_here = cpu_build.find_compiler()
     yield f"compiler here:      {' '.join(compiler_here) if compiler_here else 'none'}"
+    cuda = torch.device("cuda")
+    missing = gpu.why_no_triton(cuda)
+    found = f"none here: {missing}" if missing else f"for {gpu.target_of(cuda)}, untested on GPUs"
+    yield f"Triton kernels:     {found}"
     yield ""
     yield from _table(
         ("instruction set", "state"),

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 logger = init_logger(f"vllm.{__name__}")
 
 _LINEAR = torch.ops.flexquant.linear.default
+_LINEAR_RELAID = torch.ops.flexquant.linear_relaid.default
 
 _SAMPLED_ROWS = 256
 """Rows per layer from which the weight error at each width is taken."""
@@ -43,7 +44,8 @@ class FlexLinearMethod(LinearMethodBase):
     """What both sources of planes share: the end of loading, and the forward pass.
 
     After loading, a layer has the parameters `plane0`, `plane1`, ... (uint8, as its kernel wants
-    them), `scales` (fp16), and `flexquant_width`, its int32 [1] view of the precision table.
+    them), `scales` (fp16), and `flexquant_width`, its int32 [1] view of the precision table; for
+    the Triton kernels also `counters`.
     """
 
     def __init__(self, config: FlexQuantConfig, prefix: str) -> None:
@@ -55,6 +57,7 @@ class FlexLinearMethod(LinearMethodBase):
         self.plane_names = [f"plane{i}" for i in range(len(self.planes))]
         self.group_size = 0
         self.tile = 0
+        self.relaid = False
         self.index = -1
         self.activation_dtype = torch.get_default_dtype()
 
@@ -76,14 +79,14 @@ class FlexLinearMethod(LinearMethodBase):
         """
         rows, columns = layer.flexquant_rows, layer.flexquant_columns
         choice = ops.dispatch(
-            scales.device.type,
+            scales.device,
             self.activation_dtype,
             columns,
             rows,
             self.group_size,
             self.layout.planes,
         )
-        self.tile = choice.tile
+        self.tile, self.relaid = choice.tile, choice.relaid
         self.config.table.describe(
             self.index,
             LayerRecord(
@@ -99,11 +102,23 @@ class FlexLinearMethod(LinearMethodBase):
             ),
         )
         for name, bits in zip(self.plane_names, self.planes, strict=True):
-            plane = planes.pop(0)
-            if self.tile:
-                plane = pack.tile_plane(plane, bits, columns, self.tile)
-            _replace(layer, name, plane)
-        _replace(layer, "scales", pack.tile_scales(scales, self.tile) if self.tile else scales)
+            _replace(layer, name, self._plane_as_wanted(planes.pop(0), bits, columns))
+        if self.relaid:
+            from flexquant_kernels.triton import layout
+
+            _replace(layer, "counters", layout.make_counters(rows, scales.device))
+            scales = layout.relay_scales(scales, columns)
+        elif self.tile:
+            scales = pack.tile_scales(scales, self.tile)
+        _replace(layer, "scales", scales)
+
+    def _plane_as_wanted(self, plane: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
+        """A plane in the form of the layer's kernel, from storage form."""
+        if self.relaid:
+            from flexquant_kernels.triton import layout
+
+            return layout.relay_plane(plane, bits, columns)
+        return pack.tile_plane(plane, bits, columns, self.tile) if self.tile else plane
 
     def _weight_error(
         self, planes: list[torch.Tensor], scales: torch.Tensor, rows: int, columns: int
@@ -135,6 +150,18 @@ class FlexLinearMethod(LinearMethodBase):
     ) -> torch.Tensor:
         # straight from the dict and by the overload: a third less time per call than by attributes
         parameters = layer._parameters
+        if self.relaid:
+            return _LINEAR_RELAID(
+                x,
+                [parameters[name] for name in self.plane_names],
+                parameters["scales"],
+                parameters["counters"],
+                layer.flexquant_width,
+                bias,
+                self.layout.planes,
+                self.group_size,
+                layer.flexquant_rows,
+            )
         return _LINEAR(
             x,
             [parameters[name] for name in self.plane_names],
@@ -146,6 +173,27 @@ class FlexLinearMethod(LinearMethodBase):
             layer.flexquant_rows,
             self.tile,
         )
+
+    def triton_layers(self, layer: torch.nn.Module) -> list[Any]:
+        """What `flexquant_kernels.triton.warm_up` takes; empty if no Triton kernel runs the layer.
+
+        Once without and once with its bias, which vLLM adds on one tensor-parallel rank alone.
+        """
+        if not self.relaid:
+            return []
+        from flexquant_kernels import triton
+
+        weight = triton.DeviceWeight(
+            tuple(getattr(layer, name).data for name in self.plane_names),
+            layer.scales.data,
+            layer.counters.data,
+            self.layout.planes,
+            self.group_size,
+            layer.flexquant_rows,
+            layer.flexquant_columns,
+        )
+        biases = {None, getattr(layer, "bias", None)}
+        return [triton.Layer(weight, self.activation_dtype, bias) for bias in biases]
 
 
 @register_weight_loader_v2_supported_method

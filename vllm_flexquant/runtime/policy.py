@@ -94,7 +94,9 @@ class EntropyPolicy:
             ordered = torch.where(known, entropy, torch.inf).sort().values
             rank = (known.sum() - 1).clamp_min(0) * self.quantile
             return ordered.gather(0, rank.round().long().reshape(1))
-        return torch.where(known, entropy, 0.0).sum() / known.sum().clamp_min(1)
+        # in fp64, so that neither the order of rows nor the device decides
+        total = torch.where(known, entropy, 0.0).sum(dtype=torch.float64)
+        return (total / known.sum().clamp_min(1)).float()
 
 
 def make_policy(options: FlexQuantOptions, levels: int) -> Policy:

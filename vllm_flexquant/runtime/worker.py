@@ -11,6 +11,7 @@ from vllm.logger import init_logger
 
 from flexquant_kernels import ops
 from vllm_flexquant.runtime import hooks
+from vllm_flexquant.runtime.linear import FlexLinearMethod
 from vllm_flexquant.runtime.quant_config import FlexQuantConfig
 from vllm_flexquant.runtime.table import WeightError
 
@@ -67,7 +68,23 @@ class FlexWorkerMixin:
             )
         controller.start(errors, self._config.calibration, self._config.packed_modules_mapping)
         hooks.install(self.model_runner, controller)
+        self._compile()
         self._announce()
+
+    def _compile(self) -> None:
+        """Compile the Triton kernels for any number of rows, where they run the layers."""
+        layers = [
+            triton_layer
+            for layer in self.model_runner.model.modules()
+            if isinstance(method := getattr(layer, "quant_method", None), FlexLinearMethod)
+            for triton_layer in method.triton_layers(layer)
+        ]
+        if layers:
+            from flexquant_kernels import triton
+
+            triton.warm_up(layers, self.vllm_config.scheduler_config.max_num_batched_tokens)
+            vocabulary = self.vllm_config.model_config.get_vocab_size()
+            torch.ops.flexquant.entropy(torch.zeros(1, vocabulary, device=self.device))
 
     def _announce(self) -> None:
         status = self.flexquant_status()

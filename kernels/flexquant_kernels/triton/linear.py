@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Host side of the Triton linear layer: checks, the launch, and compiling before serving."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from ..gpu import processors, target_of
+from . import tuning
+from .dequantize import dequantize
+from .kernel import INTERPRETED, linear_kernel
+from .layout import BLOCK_K, PAD_ROWS, TILE_ROWS, DeviceWeight
+from .tuning import Launch
+
+DTYPES = (torch.bfloat16, torch.float16)
+BN = PAD_ROWS
+SLICE_WEIGHTS = 1 << 26
+"""Weights dequantized at a time: 128 MiB."""
+
+
+def _check(
+    x: torch.Tensor, weight: DeviceWeight, width: torch.Tensor, bias: torch.Tensor | None
+) -> None:
+    device = weight.scales.device
+    for name, t in (("x", x), ("width", width), ("bias", bias)):
+        if t is not None and t.device != device:
+            raise ValueError(f"{name} is on {t.device} but the weight on {device}: move one")
+    if x.dtype not in DTYPES:
+        raise ValueError(f"x has dtype {x.dtype}: give bfloat16 or float16")
+    if x.dim() == 0 or x.shape[-1] != weight.k:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)} but the weight has k = {weight.k}: "
+            "the last dimension must equal k"
+        )
+    if not x.is_contiguous():
+        raise ValueError(f"x has strides {x.stride()}: pass x.contiguous()")
+    if width.dtype != torch.int32 or width.numel() != 1:
+        raise ValueError(
+            f"width is {width.dtype} with {width.numel()} elements: give one int32, "
+            "an entry of the precision table"
+        )
+    if bias is not None:
+        if tuple(bias.shape) != (weight.n,) or not bias.is_floating_point():
+            raise ValueError(
+                f"bias is {bias.dtype} {tuple(bias.shape)}: give a float tensor [{weight.n}]"
+            )
+        if not bias.is_contiguous():
+            raise ValueError(f"bias has strides {bias.stride()}: pass bias.contiguous()")
+
+
+def choose_launch(rows: int, weight: DeviceWeight) -> Launch | None:
+    """How the fused kernel is launched; None where the weight is dequantized first."""
+    device = weight.scales.device
+    target = target_of(device)
+    return tuning.choose(
+        tuning.table_of(target),
+        weight.layout,
+        rows,
+        weight.n,
+        weight.k,
+        target,
+        processors(device),
+    )
+
+
+def linear(
+    x: torch.Tensor,
+    weight: DeviceWeight,
+    width: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    launch: Launch | None = None,
+) -> torch.Tensor:
+    """x [..., K] bf16 or fp16, contiguous -> [..., N] in x's dtype, summed in fp32.
+
+    The width is read on the device; one that the layout has not is clamped as ``clamp_width``
+    does, and one whose planes the weight has not becomes its highest. Launches, grids and addresses
+    depend on shapes alone, so a CUDA graph of the call serves every width.
+
+    Many rows (``tuning.py``) take a weight that is dequantized first, and so rounded to x's dtype.
+
+    Args:
+        width: int32, one element.
+        launch: of the fused kernel; by table or heuristic when None.
+
+    Raises:
+        ValueError: a tensor that cannot be taken as it is, or parts of K that do not fit.
+    """
+    _check(x, weight, width, bias)
+    out = torch.empty(*x.shape[:-1], weight.n, dtype=x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    rows = x.numel() // weight.k
+    launch = launch or choose_launch(rows, weight)
+    if launch is None:
+        dequantized_linear(x.view(rows, -1), weight, width, bias, out.view(rows, -1))
+    else:
+        _fused(x, rows, weight, width, bias, launch, out)
+    return out
+
+
+def dequantized_linear(
+    x: torch.Tensor,
+    weight: DeviceWeight,
+    width: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
+    """The path of ``linear`` for many rows: x [rows, k] -> ``out`` [rows, n], in slices of n."""
+    at_a_time = max(BN, SLICE_WEIGHTS // weight.k // BN * BN)
+    for first in range(0, weight.n, at_a_time):
+        last = min(first + at_a_time, weight.n)
+        plain = dequantize(weight, width, x.dtype, first, last)
+        if bias is None:
+            torch.mm(x, plain.T, out=out[:, first:last])
+        else:
+            part = bias[first:last].to(x.dtype)
+            torch.addmm(part, x, plain.T, out=out[:, first:last])
+
+
+def _fused(
+    x: torch.Tensor,
+    rows: int,
+    weight: DeviceWeight,
+    width: torch.Tensor,
+    bias: torch.Tensor | None,
+    launch: Launch,
+    out: torch.Tensor,
+) -> None:
+    splits, most = launch.splits, tuning.most_splits(rows, weight.k)
+    if not 1 <= splits <= most:
+        raise ValueError(f"splits is {splits} for {rows} rows, k = {weight.k}: give 1 to {most}")
+    n_pad = weight.planes[0].shape[0] * TILE_ROWS
+    partial = (
+        torch.empty(splits, rows, n_pad, dtype=torch.float32, device=x.device)
+        if splits > 1
+        else out
+    )
+    linear_kernel[(-(-rows // launch.block), n_pad // BN, splits)](
+        x,
+        *weight.five_planes(),
+        weight.scales.view(torch.int32),
+        width,
+        bias if bias is not None else out,
+        partial,
+        weight.counters,
+        weight.counters[-1:],
+        out,
+        rows,
+        weight.n,
+        weight.k,
+        weight.planes[0].shape[1],
+        n_pad,
+        weight.widths[-1],
+        LAYOUT=weight.layout_digits,
+        SHARED=weight.shared,
+        HAS_BIAS=bias is not None,
+        SPLIT=splits > 1,
+        G=weight.group_size,
+        EVEN_K=weight.k % BLOCK_K == 0,
+        BM=launch.block,
+        BN=BN,
+        UPCAST=INTERPRETED,
+        num_warps=launch.warps,
+        num_stages=launch.stages,
+        **tuning.compiler_options(launch.block, weight.group_size, target_of(x.device)),
+    )
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a linear layer is called with."""
+
+    weight: DeviceWeight
+    dtype: torch.dtype
+    bias: torch.Tensor | None = None
+
+
+def warm_up_rows(layer: Layer, max_rows: int) -> Iterator[tuple[tuple, int]]:
+    """(what is compiled, a number of rows that needs it) of a layer, each once."""
+    weight, seen = layer.weight, set()
+    common = (
+        weight.layout,
+        weight.shared,
+        weight.group_size,
+        weight.k % BLOCK_K == 0,
+        layer.dtype,
+        weight.scales.device,
+    )
+    most = tuning.table_of(target_of(weight.scales.device)).dequantize_above + 1
+    for rows in range(1, min(max_rows, most) + 1):
+        launch = choose_launch(rows, weight)
+        key: tuple = (*common, launch)
+        if launch is not None:
+            bias = layer.bias.dtype if layer.bias is not None else None
+            key = (*common, bias, launch.splits > 1, launch.block, launch.warps, launch.stages)
+        if key not in seen:
+            seen.add(key)
+            yield key, rows
+
+
+def warm_up(layers: Iterable[Layer], max_rows: int) -> int:
+    """Compile all that layers need for 1 to ``max_rows`` rows, by running it; -> launches made.
+
+    To be called once weights are loaded and before a CUDA graph is captured: nothing of the linear
+    layers is compiled afterwards, at any width.
+    """
+    done = set()
+    for layer in layers:
+        for key, rows in warm_up_rows(layer, max_rows):
+            if key not in done:
+                done.add(key)
+                x = torch.zeros(rows, layer.weight.k, dtype=layer.dtype, device=key[5])
+                width = torch.full((1,), layer.weight.widths[0], dtype=torch.int32, device=key[5])
+                linear(x, layer.weight, width, layer.bias)
+    return len(done)

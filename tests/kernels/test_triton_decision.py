@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton decision kernel against the controller's plain torch: the same levels and tables."""
+
+import random
+
+import pytest
+import torch
+
+from vllm_flexquant.config import FlexQuantOptions
+from vllm_flexquant.format import PlaneLayout
+from vllm_flexquant.runtime.controller import Batch, Controller
+from vllm_flexquant.runtime.table import LayerRecord, WeightError, allowed_widths
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # numpy's, of infinity
+
+SLOTS = 9
+ROWS = 6
+
+
+def _controller(tops: tuple[int, ...], layout: str, **options) -> Controller:
+    """A controller on the CPU, of layers that have the widths up to these."""
+    made = Controller(FlexQuantOptions(layout=PlaneLayout.parse(layout), **options))
+    made.allocate(torch.device("cpu"), SLOTS)
+    for i, top in enumerate(tops):
+        index, _ = made.table.reserve()
+        widths = tuple(w for w in made.options.layout.widths if w <= top)
+        error = WeightError(2048, 1.0, {w: (top - w) * (i + 1.0) for w in widths})
+        made.table.describe(
+            index,
+            LayerRecord(f"l{i}", 32, 64, 64, made.options.layout, widths, "any", "test", error),
+        )
+    made.start()
+    return made
+
+
+def _rules(gpu, options: FlexQuantOptions):
+    bits = options.width if options.policy != "entropy" else None
+    return gpu.Rules(
+        options.policy != "entropy",
+        options.entropy_low,
+        options.entropy_high,
+        options.hysteresis,
+        options.dwell,
+        options.aggregate,
+        options.quantile,
+        bits or options.min_bits,
+        bits or options.max_bits,
+        options.prefill == "full",
+    )
+
+
+def _beside(gpu, device, made: Controller):
+    """A state with the controller's, and tensors of its own."""
+    state = gpu.make_state(
+        made.ladder.widths.to(device),
+        allowed_widths(made.table.layers).to(device),
+        made.sequences.average.to(device, copy=True),
+        made.sequences.seen.to(device, copy=True),
+        torch.full((len(made.table.layers) + 2,), -7, dtype=torch.int32, device=device),
+        ROWS,
+    )
+    state.adopt(_rules(gpu, made.options))
+    state.level.copy_(made.last.level)
+    state.held.copy_(made.last.held)
+    return state
+
+
+def _entropies(pick: random.Random) -> torch.Tensor:
+    strange = [float("nan"), float("inf"), 0.0, 1.5]
+    values = [
+        pick.choice(strange) if pick.random() < 0.1 else pick.uniform(0, 4)
+        for _ in range(SLOTS + 1)
+    ]
+    return torch.tensor(values)
+
+
+def _steps(gpu, device, pick: random.Random, made: Controller, steps: int) -> None:
+    state = _beside(gpu, device, made)
+    for _ in range(steps):
+        made.sequences.average.copy_(_entropies(pick))
+        made.sequences.seen.copy_(torch.tensor([pick.random() < 0.8 for _ in range(SLOTS + 1)]))
+        state.average.copy_(made.sequences.average)
+        state.seen.copy_(made.sequences.seen)
+        rows = pick.randint(0, ROWS)
+        slots = pick.sample(range(SLOTS), rows)
+        prompt = [pick.random() < 0.15 for _ in slots]
+        floors = [pick.choice([0, 0, 0, 2, 3, 4, 5, 6, 7, 8]) for _ in slots]
+        made.before_forward(Batch([str(s) for s in slots], slots, prompt, prompt, floors))
+        state.announce(slots, prompt, floors)
+        gpu.decide(state)
+        assert int(state.level) == int(made.last.level)
+        assert int(state.held) == int(made.last.held)
+        layers = len(made.table.layers)
+        assert state.table[:layers].tolist() == made.table.widths.tolist()
+        assert state.table[layers:].tolist() == [-7, -7]
+
+
+@pytest.mark.parametrize("aggregate", ["mean", "quantile", "max"])
+def test_decides_as_the_controller_does(gpu, device, aggregate) -> None:
+    for seed in range(12):
+        pick = random.Random(f"{aggregate} {seed}")
+        layout = pick.choice(["4|2|2", "2|2|4", "2|1|1|2|2"])
+        widths = PlaneLayout.parse(layout).widths
+        tops = tuple(pick.choice(widths[1:]) for _ in range(pick.choice([3, 40])))
+        bounds = sorted(pick.choices(range(2, 9), k=2))
+        low = pick.uniform(0, 2)
+        made = _controller(
+            tops,
+            layout,
+            policy="entropy",
+            aggregate=aggregate,
+            quantile=pick.choice([0.0, 0.3, 0.5, 0.9, 1.0]),
+            entropy_low=low,
+            entropy_high=low + pick.uniform(0.1, 2),
+            hysteresis=pick.choice([0.0, 0.05, 0.3]),
+            dwell=pick.choice([1, 1, 3]),
+            min_bits=bounds[0],
+            max_bits=bounds[1],
+            prefill=pick.choice(["full", "policy"]),
+        )
+        _steps(gpu, device, pick, made, 8)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"width": 6}, {"level": 2}, {"level": 1, "min_bits": 6}, {"max_bits": 4}],
+    ids=str,
+)
+def test_a_pinned_level_moves_with_floors_alone(gpu, device, options) -> None:
+    made = _controller((8, 6, 8, 4), "4|2|2", policy="manual", **options)
+    _steps(gpu, device, random.Random(str(options)), made, 8)
+
+
+def test_ranks_of_a_quantile(gpu, device) -> None:
+    """Every rank of a full batch, with ties, and a value below zero, as rounding gives them."""
+    values = [0.25, -1e-7, 3.0, 0.25, 1e-30, 2.0]
+    for rank, want in enumerate(sorted(values)):
+        made = _controller((8,) * 40, "4|2|2", aggregate="quantile", quantile=rank / 5,
+                           hysteresis=0.0, entropy_low=0.0, entropy_high=3.0)  # fmt: skip
+        made.sequences.average[:6] = torch.tensor(values)
+        made.sequences.seen[:6] = True
+        state = _beside(gpu, device, made)
+        state.announce(range(6), [False] * 6, [0] * 6)
+        gpu.decide(state)
+        assert int(state.level) == round(max(want, 0) / 3 * (len(made.ladder) - 1))
+
+
+def test_what_a_probe_may_still_decide(gpu, device) -> None:
+    made = _controller((8, 8), "4|2|2", min_bits=4, max_bits=6)
+    state = _beside(gpu, device, made)
+    for prompt, floors, bounds in (
+        ([False], [0], [4, 6, 1]),
+        ([True], [0], [4, 6, 0]),
+        ([False, False], [0, 8], [8, 8, 1]),
+    ):
+        state.announce(range(len(floors)), prompt, floors)
+        gpu.decide(state)
+        assert state.bounds.tolist() == bounds
+    made.update({"width": 4})
+    state.adopt(_rules(gpu, made.options))
+    gpu.decide(state)
+    assert state.bounds.tolist() == [8, 8, 0]
+
+
+def test_bad_states_say_what_to_do(gpu, device) -> None:
+    ladder = torch.tensor([[4, 4], [8, 8]], dtype=torch.int32, device=device)
+    allowed = torch.tensor([[4] * 5 + [6] * 2 + [8] * 2] * 2, dtype=torch.int32, device=device)
+    average, seen = torch.zeros(3, device=device), torch.zeros(3, dtype=torch.bool, device=device)
+    table = torch.zeros(2, dtype=torch.int32, device=device)
+    given = {
+        "ladder": ladder, "allowed": allowed, "average": average, "seen": seen, "table": table,
+        "rows": 2,
+    }  # fmt: skip
+
+    def refused(words: str, **changes: object) -> None:
+        with pytest.raises(ValueError, match=words):
+            gpu.make_state(**given | changes)
+
+    refused("ladder is torch.int64", ladder=ladder.long())
+    refused(r"ladder is .* strides \(1, 2\): give a contiguous", ladder=ladder.T)
+    refused(r"allowed is .*\(2, 8\).* give .*\[2, 9\]", allowed=allowed[:, :8])
+    refused(r"seen is torch.bool \(2,\)", seen=seen[:2])
+    refused(r"table is torch.int32 \(1,\).* give .*\[2\]", table=table[:1])
+    refused("average is on meta but must be on", average=average.to("meta"))
+    refused("rows is 0: give 1 to 4096", rows=0)
+    state = gpu.make_state(**given)
+    with pytest.raises(ValueError, match="the batch has 3 rows but there is room for 2"):
+        state.announce([0, 1, 2], [False] * 3, [0] * 3)
+    rules = vars(_rules(gpu, FlexQuantOptions())) | {"aggregate": "median"}
+    with pytest.raises(ValueError, match="aggregate is 'median': give one of"):
+        state.adopt(gpu.Rules(**rules))
