@@ -181,12 +181,11 @@ class _GammaRegression:
             excess = self.wanted * torch.exp(-expected - bias) - 1
             step = ridge_regression(self._pull(excess) - ridge * w)
             size = 1.0
-            while loss(w + size * step) >= least and size > _LEAST_STEP:
+            while (found := loss(w + size * step)) >= least and size > _LEAST_STEP:
                 size /= 2
-            moved = w + size * step
-            gain = least - loss(moved)
+            gain = least - found
             if gain > 0:
-                w, least = moved, least - gain
+                w, least = w + size * step, found
             if gain < _ENOUGH:
                 break
         return w
