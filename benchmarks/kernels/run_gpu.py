@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks.kernels import gpu_baselines, gpu_libraries, gpu_timing
+from benchmarks.kernels.command_line import layout_name
 from benchmarks.kernels.gpu_baselines import Baseline, UnavailableError
 from benchmarks.kernels.gpu_layers import (
     DEQUANTIZED_ERROR,
@@ -107,7 +108,7 @@ def gate(layer: NestedLayer, rows: Sequence[int]) -> list[dict[str, Any]]:
                 bound = (ERROR if fused else DEQUANTIZED_ERROR)[dtype]
                 checks.append(
                     {
-                        "layout": "|".join(map(str, layer.layout)),
+                        "layout": layout_name(layer.layout),
                         "shape": f"{layer.n}x{layer.k}",
                         "width": width,
                         "rows": count,
@@ -268,7 +269,7 @@ def time_shape(
     n: int, k: int, chosen: argparse.Namespace, device: torch.device
 ) -> Iterator[dict[str, Any]]:
     """Cells of a shape, one for each number of rows."""
-    layers = {"|".join(map(str, one)): make_layer(n, k, one, device) for one in chosen.layouts}
+    layers = {layout_name(one): make_layer(n, k, one, device) for one in chosen.layouts}
     baselines, missing = find_baselines(n, k, device)
     for rows in chosen.rows:
         say(f"times: {n}x{k}, {rows} rows")
@@ -295,7 +296,7 @@ def measure(chosen: argparse.Namespace, device: torch.device) -> dict[str, Any] 
     checks = [gate_entropy(device, rows, vocabulary)]
     for n, k in chosen.shapes:
         for one in chosen.layouts:
-            say(f"gate: {n}x{k}, {'|'.join(map(str, one))}")
+            say(f"gate: {n}x{k}, {layout_name(one)}")
             checks += gate(make_layer(n, k, one, device), chosen.gate_rows)
     red = [check for check in checks if not check["passed"]]
     for check in red:
