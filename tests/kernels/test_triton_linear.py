@@ -60,18 +60,16 @@ def _check(got: torch.Tensor, x: torch.Tensor, weight, width: int, bias=None) ->
 
 @pytest.mark.parametrize("plane_width", [1, 2, 4])
 def test_planes_come_back_from_the_device_form(gpu, plane_width) -> None:
-    from flexquant_kernels.triton import layout
-
     for n, k in ((1, 32), (65, 288), (130, 256)):
         generator = torch.Generator().manual_seed(n)
         shape = (n, k * plane_width // 8)
         plane = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-        words = layout.relay_plane(plane, plane_width, k)
-        n_pad, k_pad = layout.padded(n, k)
+        words = gpu.layout.relay_plane(plane, plane_width, k)
+        n_pad, k_pad = gpu.layout.padded(n, k)
         assert words.numel() * 32 == n_pad * k_pad * plane_width
         step = range(0, 8, plane_width)
         fields = torch.stack([(plane >> i) & (2**plane_width - 1) for i in step], dim=-1)
-        assert torch.equal(layout.restore_plane(words, plane_width, n, k), fields.flatten(1))
+        assert torch.equal(gpu.layout.restore_plane(words, plane_width, n, k), fields.flatten(1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -131,11 +129,8 @@ def test_splits_of_k_are_added_in_order(gpu, relaid) -> None:
 def test_many_rows_take_a_weight_that_is_dequantized(
     gpu, relaid, monkeypatch, layout, dtype
 ) -> None:
-    from flexquant_kernels.triton import linear as function
-    from flexquant_kernels.triton import tuning
-
-    rows = tuning.table_of("none").dequantize_above + 1
-    monkeypatch.setitem(function.__globals__, "SLICE_WEIGHTS", 300 * 64)  # slices of 64 outputs
+    rows = gpu.tuning.table_of("none").dequantize_above + 1
+    monkeypatch.setitem(gpu.linear.__globals__, "SLICE_WEIGHTS", 300 * 64)  # slices of 64 outputs
     weight, device = relaid(70, 288, 32, layout)
     x, bias = _x(rows, 288).to(dtype), _x(70)
     _check(gpu.linear(x.to(DEVICE), device, _width(4)), x, weight, 4)
@@ -144,8 +139,7 @@ def test_many_rows_take_a_weight_that_is_dequantized(
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_dequantized_weights(gpu, relaid, layout) -> None:
-    from flexquant_kernels.triton.dequantize import dequantize
-
+    dequantize = gpu.dequantize.dequantize
     for n, k, group_size, shared, dtype, bound in (
         (70, 288, 32, False, torch.bfloat16, 2**-7),
         (65, 256, 128, True, torch.float16, 2**-10),
