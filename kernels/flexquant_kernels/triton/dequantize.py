@@ -139,6 +139,7 @@ def dequantize(
         first, last: rows; ``first`` a multiple of 64.
     """
     last = weight.n if last is None else last
+    form = weight.form
     out = torch.empty(last - first, weight.k, dtype=dtype, device=width.device)
     blocks = weight.planes[0].shape[1]
     dequantize_kernel[(blocks, -(-(last - first) // PAD_ROWS))](
@@ -152,10 +153,10 @@ def dequantize(
         blocks,
         weight.planes[0].shape[0] * TILE_ROWS,
         first,
-        weight.widths[-1],
-        LAYOUT=weight.layout_digits,
-        SHARED=weight.shared,
-        G=weight.group_size,
+        form.widths[-1],
+        LAYOUT=form.digits,
+        SHARED=form.shared,
+        G=form.group_size,
         BN=PAD_ROWS,
         num_warps=WARPS,
     )
