@@ -122,3 +122,7 @@ def test_bad_inputs_say_what_to_do(gpu, device) -> None:
     refused(r"strides \(2,\): give a contiguous", logits, index, average.repeat(2)[::2], seen)
     refused(r"seen is torch.bool \(2,\).* give .*\[3\]", logits, index, average, seen[:2])
     refused("average is on meta but must be on", logits, index, average.to("meta"), seen)
+    refused("slots is on meta but must be on", logits, index.to("meta"), average, seen)
+    refused("logits have dtype torch.int32", logits.int(), index, average, seen)
+    assert gpu.track_entropy(logits[:0], index[:0], average, seen, 0.5).shape == (0,)
+    assert not seen.any()
