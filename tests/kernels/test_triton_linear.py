@@ -227,7 +227,7 @@ def test_bias_dtypes(gpu, relaid) -> None:
     weight, device = relaid(17, 64, 32)
     x = _x(2, 64).half()
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        bias = _x(17).to(dtype)
+        bias = _x(18).to(dtype)[1:]  # at an odd address
         got = gpu.linear(x.to(DEVICE), device, _width(4), bias.to(DEVICE))
         _check(got, x, weight, 4, bias)
 
@@ -249,8 +249,37 @@ def test_bad_inputs_say_what_to_do(gpu, relaid) -> None:
     refused(r"bias has strides \(2,\)", x, device, width, bias[::2])
     refused("width is on meta but the weight on", x, device, width.to("meta"))
     refused("x is on meta", x.to("meta"), device, width)
+    refused("bias is on meta but the weight on", x, device, width, bias[:17].to("meta"))
+    refused("bias is torch.int32", x, device, width, bias[:17].int())
+    refused(r"x has shape \(\) but the weight has k = 64", x[0, 0], device, width)
     refused("splits is 2 for 3 rows, k = 64: give 1 to 1", x, device, width,
             launch=gpu.Launch(8, 2, 2, 2))  # fmt: skip
+
+
+def test_a_weight_is_dequantized_as_asked_or_not_at_all(gpu, relaid) -> None:
+    dequantize = gpu.dequantize.dequantize
+    _, device = relaid(70, 288, 32)
+    width = _width(4)
+
+    def refused(words: str, *args) -> None:
+        with pytest.raises(ValueError, match=words):
+            dequantize(device, *args)
+
+    refused("width is torch.int64 with 1 elements: give one int32", width.long(), torch.float16)
+    refused("width is torch.int32 with 2 elements", width.repeat(2), torch.float16)
+    refused("width is on meta but the weight on", width.to("meta"), torch.float16)
+    refused("dtype is torch.float32: give bfloat16 or float16", width, torch.float32)
+    refused(r"rows \[1, 70\) of 70: .* a multiple of 64", width, torch.float16, 1)
+    refused(r"rows \[0, 71\) of 70: give some of them", width, torch.float16, 0, 71)
+    refused(r"rows \[64, 3\) of 70: give some of them", width, torch.float16, 64, 3)
+    assert dequantize(device, width, torch.float16, 64, 64).shape == (0, 288)
+    whole = dequantize(device, width, torch.bfloat16)
+    for bits in (-3, 0, 3):
+        assert torch.equal(dequantize(device, _width(bits), torch.bfloat16), whole)
+    top = dequantize(device, _width(8), torch.bfloat16)
+    table = torch.tensor([0, 99], dtype=torch.int32, device=DEVICE)
+    assert torch.equal(dequantize(device, table[1:], torch.bfloat16), top)
+    assert not torch.equal(top, whole)
 
 
 def test_bad_weights_say_what_to_do(gpu, make_weight) -> None:

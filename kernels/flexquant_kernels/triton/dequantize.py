@@ -10,9 +10,11 @@ import torch
 import triton
 import triton.language as tl
 
+from .checks import check_width
 from .kernel import columns, excess, is_last, load_pairs, operand, parts, scale_and_offset, width_of
 from .layout import PAD_ROWS, TILE_ROWS, DeviceWeight
 
+DTYPES = (torch.bfloat16, torch.float16)
 WARPS = 4
 
 
@@ -130,10 +132,23 @@ def dequantize(
     Args:
         width: int32, one element, read on the device.
         first, last: rows; ``first`` a multiple of 64.
+
+    Raises:
+        ValueError: a width, dtype or range of rows that cannot be taken as it is.
     """
     last = weight.n if last is None else last
     form = weight.form
+    check_width(width, weight.scales.device)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype}: give bfloat16 or float16")
+    if not 0 <= first <= last <= weight.n or first % PAD_ROWS:
+        raise ValueError(
+            f"rows [{first}, {last}) of {weight.n}: give some of them, the first a multiple of "
+            f"{PAD_ROWS}"
+        )
     out = torch.empty(last - first, weight.k, dtype=dtype, device=width.device)
+    if first == last:
+        return out
     blocks = weight.planes[0].shape[1]
     dequantize_kernel[(blocks, -(-(last - first) // PAD_ROWS))](
         *weight.five_planes(),

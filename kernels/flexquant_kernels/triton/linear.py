@@ -9,12 +9,12 @@ import torch
 
 from ..gpu import processors, target_of
 from . import tuning
-from .dequantize import dequantize
+from .checks import check_width
+from .dequantize import DTYPES, dequantize
 from .kernel import INTERPRETED, linear_kernel
 from .layout import BLOCK_K, PAD_ROWS, DeviceWeight, Form, padded
 from .tuning import Launch
 
-DTYPES = (torch.bfloat16, torch.float16)
 BN = PAD_ROWS
 SLICE_WEIGHTS = 1 << 26
 """Weights dequantized at a time: 128 MiB."""
@@ -26,7 +26,7 @@ def _check(
     x: torch.Tensor, weight: DeviceWeight, width: torch.Tensor, bias: torch.Tensor | None
 ) -> None:
     device = weight.scales.device
-    for name, t in (("x", x), ("width", width), ("bias", bias)):
+    for name, t in (("x", x), ("bias", bias)):
         if t is not None and t.device != device:
             raise ValueError(f"{name} is on {t.device} but the weight on {device}: move one")
     if x.dtype not in DTYPES:
@@ -38,11 +38,7 @@ def _check(
         )
     if not x.is_contiguous():
         raise ValueError(f"x has strides {x.stride()}: pass x.contiguous()")
-    if width.dtype != torch.int32 or width.numel() != 1:
-        raise ValueError(
-            f"width is {width.dtype} with {width.numel()} elements: give one int32, "
-            "an entry of the precision table"
-        )
+    check_width(width, device)
     if bias is not None:
         if tuple(bias.shape) != (weight.n,) or not bias.is_floating_point():
             raise ValueError(
