@@ -9,7 +9,7 @@ BIN := $(abspath $(VENV))/bin
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test test-fast sanitize lint format clean
+.PHONY: help setup demo test test-fast aot sanitize lint format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -17,7 +17,7 @@ help: ## this list
 	@echo "  VENV=$(VENV)  the environment that is built and used"
 	@echo "  PYTHON=$(PYTHON)  the Python that builds it"
 	@echo "  TORCH_INDEX=$(TORCH_INDEX)  index of PyTorch's CPU wheels, where pip is not set up to find them"
-	@echo "  ARGS=$(ARGS)  more arguments for demo, test, test-fast and sanitize"
+	@echo "  ARGS=$(ARGS)  more arguments for demo, test, test-fast, aot and sanitize"
 
 setup: ## build the environment when it is missing or out of date
 	@TORCH_INDEX='$(TORCH_INDEX)' $(PYTHON) tools/setup_env.py --venv '$(VENV)'
@@ -30,6 +30,9 @@ test: setup ## all tests
 
 test-fast: setup ## the tests that start no vLLM engine
 	$(BIN)/python -m pytest -m 'not engine' $(ARGS)
+
+aot: setup ## compile the Triton kernels for GPUs that are not here, under each Triton
+	$(BIN)/python tools/check_triton.py $(ARGS)
 
 sanitize: setup ## the kernel tests under AddressSanitizer and UBSan
 	$(BIN)/python tools/sanitize_kernels.py $(ARGS)

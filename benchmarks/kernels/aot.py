@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compile the Triton kernels for GPUs that are not here, and count what comes out.
 
-    python -m benchmarks.kernels.aot [--check] [--targets sm_90 ...] [--quick]
+    python -m benchmarks.kernels.aot [--check [--triton VERSION]] [--targets sm_90 ...] [--quick]
 
 Prints registers, spills, shared memory and instructions: of the linear kernel, those of the loop
 over K for each weight, at each width. Writes them to a table whose rows are kept by version of
 Triton. With `--check` nothing is written: status 1 where a kernel does not compile, spills, takes
 more shared memory than the GPUs of its family have, does not load planes of 4 bits 16 bytes at a
-time, misses a figure to reach, or takes more instructions than in the table. Needs the triton
-wheel, which brings the tools, and no GPU. How fast a kernel is, it cannot say.
+time, misses a figure to reach, or takes more instructions than in the table; with `--triton` also
+where another version is imported, or the table lacks a row. Needs the triton wheel, which brings
+the tools, and no GPU. How fast a kernel is, it cannot say. `tools/check_triton.py` runs the check
+under several versions.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from typing import Any
 from benchmarks.kernels import machine_code
 from benchmarks.kernels.aot_cases import Case, cases
 from benchmarks.provenance import ROOT, provenance, write_json
+from flexquant_kernels.gpu import triton_version
 
 RESULTS = Path("benchmarks", "results", "triton-aot.json")
 TARGETS = ["sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"]
@@ -143,6 +146,7 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", action="store_true", help="compare with the table, keep it")
+    parser.add_argument("--triton", metavar="VERSION", help="that the check must be made with")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS)
     parser.add_argument("--quick", action="store_true", help="one variant of each kernel")
     parser.add_argument("--out", type=Path, default=ROOT / RESULTS)
@@ -157,6 +161,9 @@ def main(arguments: list[str] | None = None) -> int:
     rows = []
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
+        if chosen.triton and (found := triton_version()) != chosen.triton:
+            print(f"triton {found} would be imported, not {chosen.triton}")
+            return 1
         for target in chosen.targets:
             for case in cases(target, chosen.quick):
                 row = examine(case, target)
@@ -164,6 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
                 print(describe(row), flush=True)
                 before = table.get(key(row)) if chosen.check else None
                 if chosen.check and before is None:
+                    wrong += chosen.triton is not None
                     print(f"  not in the table, which has no such row of Triton {row['triton']}")
                 for fault in faults(row, before):
                     wrong += 1

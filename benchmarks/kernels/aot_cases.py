@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from benchmarks.kernels.command_line import layout_name
 from flexquant_kernels import layout_widths
-
-BLOCK_K = 256
 
 
 @dataclass(frozen=True)
@@ -29,8 +28,9 @@ class Linear:
         """As in `4|2|2 g64 bf16, 8 rows`."""
         extras = "".join(f", {x}" for x in ("shared", "bias") if getattr(self, x))
         extras += "" if self.even_k else ", odd k"
-        layout = "|".join(map(str, self.layout))
-        return f"{layout} g{self.group_size} {self.dtype}, {self.rows} rows{extras}"
+        return (
+            f"{layout_name(self.layout)} g{self.group_size} {self.dtype}, {self.rows} rows{extras}"
+        )
 
 
 QUICK_LINEAR = [Linear()]
@@ -79,6 +79,7 @@ def _weight_types(*more: str) -> dict[str, str]:
 def linear_case(variant: Linear, target: str) -> Case:
     """The linear kernel with K split."""
     from flexquant_kernels.triton.kernel import linear_kernel
+    from flexquant_kernels.triton.layout import BLOCK_K
     from flexquant_kernels.triton.linear import BN
     from flexquant_kernels.triton.tuning import STAGES, WARPS, compiler_options
 
@@ -121,7 +122,7 @@ def _dequantize(layout: tuple[int, ...]) -> Case:
     types = _weight_types("N", "K", "blocks", "n_pad", "first", "top") | {"out_ptr": "*bf16"}
     constants = {"LAYOUT": int("".join(map(str, layout))), "SHARED": False, "G": 64, "BN": PAD_ROWS}
     return Case(
-        f"dequantize {'|'.join(map(str, layout))} g64 bf16",
+        f"dequantize {layout_name(layout)} g64 bf16",
         dequantize_kernel,
         types,
         constants,

@@ -41,7 +41,7 @@ def plot(cells: list[Mapping[str, Any]], picture: Path, title: str) -> bool:
     for i, shape in enumerate(shapes):
         axes = figure.add_subplot(panels, columns, i + 1)
         for name, (rows, times) in lines([c for c in cells if c["shape"] == shape]).items():
-            dashed = "--" if name.startswith("torch") else "-"
+            dashed = "-" if name.startswith(LAYOUT) else "--"
             axes.plot(rows, times, dashed, marker="o", markersize=3, label=name)
         axes.set(title=f"[N, K] = {shape}", xlabel="rows", ylabel="µs", xscale="log", yscale="log")
         axes.grid(alpha=0.3)

@@ -29,7 +29,7 @@ from flexquant_kernels import layout_widths
 from vllm_flexquant.format.layout import PlaneLayout
 
 TRITON = "3.7.1"
-BLOCK_N, BLOCK_K = 64, 256
+GROUP = 64
 HALF_RATE = ("LOP3", "SHF", "PRMT", "IADD3")
 SHAPES = {
     "qkv 8B": (6144, 4096),
@@ -76,48 +76,59 @@ class Traffic:
     stores: int
 
 
-def _padded(n: int, k: int) -> tuple[int, int]:
-    return -(-n // BLOCK_N) * BLOCK_N, -(-k // BLOCK_K) * BLOCK_K
+def _weight_bytes(n: int, k: int, width: int, group_size: int) -> tuple[int, int]:
+    """(any kernel's, ours): planes and scales of a weight at a width, without and with padding."""
+    from flexquant_kernels.triton.layout import padded
+
+    plain, ours = (
+        rows * columns * width // 8 + rows * (columns // group_size) * 4
+        for rows, columns in ((n, k), padded(n, k))
+    )
+    return plain, ours
 
 
 def linear(
     n: int, k: int, rows: int, width: int, group_size: int, block: int, splits: int
 ) -> Traffic:
     """The fused kernel on rows x K of 16-bit numbers, without bias, launched as `Launch` says."""
-    n_pad, k_pad = _padded(n, k)
-    tiles, row_blocks = n_pad // BLOCK_N, -(-rows // block)
+    from flexquant_kernels.triton.layout import BLOCK_K, PAD_ROWS, padded
+
+    n_pad = padded(n, k)[0]
+    tiles, row_blocks = n_pad // PAD_ROWS, -(-rows // block)
     programs = tiles * row_blocks * splits
-    planes = n_pad * k_pad * width // 8
-    scales = n_pad * (k_pad // group_size) * 4
+    plain, weight = _weight_bytes(n, k, width, group_size)
     x, out = rows * k * 2, rows * n * 2
     partial = splits * rows * n_pad * 4 if splits > 1 else 0
     once_more = n_pad * (BLOCK_K // group_size) * 4 * splits  # the last block's scales, twice
     flags = 4 * tiles * row_blocks if splits > 1 else 0
     return Traffic(
-        must=n * k * width // 8 + n * (k // group_size) * 4 + x + out,
-        memory=planes + scales + x + out + partial,
-        loads=row_blocks * (planes + scales + once_more) + tiles * x + partial + 8 * programs,
+        must=plain + x + out,
+        memory=weight + x + out + partial,
+        loads=row_blocks * (weight + once_more) + tiles * x + partial + 8 * programs,
         stores=partial + out + flags,
     )
 
 
 def dequantize(n: int, k: int, width: int, group_size: int) -> Traffic:
     """The kernel that writes the weight in 16 bits."""
-    n_pad, k_pad = _padded(n, k)
-    planes = n_pad * k_pad * width // 8
-    scales = n_pad * (k_pad // group_size) * 4
+    from flexquant_kernels.triton.layout import BLOCK_K, PAD_ROWS, padded
+
+    n_pad, k_pad = padded(n, k)
+    plain, weight = _weight_bytes(n, k, width, group_size)
     out = n * k * 2
     return Traffic(
-        must=n * k * width // 8 + n * (k // group_size) * 4 + out,
-        memory=planes + scales + out,
-        loads=planes + scales + 8 * (n_pad // BLOCK_N) * (k_pad // BLOCK_K),
+        must=plain + out,
+        memory=weight + out,
+        loads=weight + 8 * (n_pad // PAD_ROWS) * (k_pad // BLOCK_K),
         stores=out,
     )
 
 
-def entropy(rows: int, vocabulary: int, itemsize: int, chunk: int = 8192) -> Traffic:
+def entropy(rows: int, vocabulary: int, itemsize: int) -> Traffic:
     """Both launches."""
-    chunks = max(1, -(-vocabulary // chunk))
+    from flexquant_kernels.triton.entropy import CHUNK
+
+    chunks = max(1, -(-vocabulary // CHUNK))
     logits, partial, out = rows * vocabulary * itemsize, rows * chunks * 12, rows * 4
     return Traffic(logits + out, logits + 2 * partial + out, logits + partial, partial + out)
 
@@ -150,8 +161,11 @@ class Compiled:
         row = self.rows.get((target, f"dequantize {layout} g64 bf16"))
         if row is None:
             return None
+        from flexquant_kernels.triton.dequantize import WARPS
+        from flexquant_kernels.triton.layout import BLOCK_K, PAD_ROWS
+
         bodies = len(layout_widths(PlaneLayout.parse(layout).planes))
-        return float(row["instructions"] / bodies * 128 / (BLOCK_N * BLOCK_K))
+        return float(row["instructions"] / bodies * 32 * WARPS / (PAD_ROWS * BLOCK_K))
 
 
 def allowed_slots(gpu: Gpu, width: int, group_size: int) -> float:
@@ -174,21 +188,25 @@ def seconds(gpu: Gpu, traffic: Traffic, weights: int, slots: float, products: fl
     }
 
 
+def launched(gpu: Gpu, shape: tuple[int, int], rows: int, width: int) -> tuple[int, Traffic]:
+    """(rows of x of a program, bytes) of the fused kernel, launched by the heuristic."""
+    from flexquant_kernels.triton.tuning import heuristic
+
+    launch = heuristic(rows, *shape, gpu.target, processors=132)
+    return launch.block, linear(*shape, rows, width, GROUP, launch.block, launch.splits)
+
+
 def fused_seconds(
     gpu: Gpu, compiled: Compiled, shape: tuple[int, int], rows: int, width: int, layout: str
 ) -> dict[str, float] | None:
-    """Limits of the fused kernel, launched by the heuristic; None where it was not compiled."""
-    from flexquant_kernels.triton.tuning import heuristic
-
-    n, k = shape
-    launch = heuristic(rows, n, k, gpu.target, processors=132)
-    slots = compiled.linear(gpu.target, layout, 64, launch.block, width)
+    """Limits of the fused kernel; None where it was not compiled."""
+    block, traffic = launched(gpu, shape, rows, width)
+    slots = compiled.linear(gpu.target, layout, GROUP, block, width)
     if slots is None:
         return None
-    blocks = -(-rows // launch.block)
-    traffic = linear(n, k, rows, width, 64, launch.block, launch.splits)
+    weights = shape[0] * shape[1] * -(-rows // block)
     parts = 1 if width <= (4 if layout.startswith("4") else 2) else 2
-    return seconds(gpu, traffic, n * k * blocks, slots, n * k * blocks * launch.block * parts)
+    return seconds(gpu, traffic, weights, slots, weights * block * parts)
 
 
 def dequantized_seconds(
@@ -199,7 +217,7 @@ def dequantized_seconds(
     slots = compiled.dequantize(gpu.target, layout)
     if slots is None:
         return None
-    first = max(seconds(gpu, dequantize(n, k, width, 64), n * k, slots, 0).values())
+    first = max(seconds(gpu, dequantize(n, k, width, GROUP), n * k, slots, 0).values())
     moved = (n * k + rows * (n + k)) * 2
     return first + max(moved / gpu.bandwidth, n * k * rows / gpu.products)
 
@@ -241,10 +259,7 @@ def main(arguments: list[str] | None = None) -> None:
                 found = fused_seconds(gpu, compiled, shape, rows, width, chosen.layout)
                 if found is None:
                     continue
-                from flexquant_kernels.triton.tuning import heuristic
-
-                launch = heuristic(rows, *shape, gpu.target, processors=132)
-                traffic = linear(*shape, rows, width, 64, launch.block, launch.splits)
+                traffic = launched(gpu, shape, rows, width)[1]
                 table.add_row(
                     f"{name} {shape[0]}x{shape[1]}", str(rows), str(width),
                     f"{traffic.must / 1e6:.1f}", f"{traffic.memory / 1e6:.1f}",

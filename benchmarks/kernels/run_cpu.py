@@ -29,6 +29,7 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.kernels import report
+from benchmarks.kernels.command_line import shape
 from benchmarks.kernels.plot import plot_results
 from benchmarks.kernels.targets import judge
 from benchmarks.kernels.worker import GATE_RED, Plan, say, shape_name
@@ -55,14 +56,6 @@ LARGEST_HEAP_BLOCK = 32 << 20
 
 class RunError(RuntimeError):
     """A run that cannot be completed; the message is for the user."""
-
-
-def shape(text: str) -> tuple[int, int]:
-    """`1536x576` -> `(1536, 576)`."""
-    n, _, k = text.partition("x")
-    if not (n.isdigit() and k.isdigit() and int(n) > 0 and int(k) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is no shape; write N x K as in 1536x576")
-    return int(n), int(k)
 
 
 def layout(text: str) -> str:

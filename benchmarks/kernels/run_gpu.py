@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Triton kernels on a GPU, beside torch's: the gate first, then times, then figures to reach.
+"""The Triton kernels on a GPU, beside others: the gate first, then times, then figures to reach.
 
     python -m benchmarks.kernels.run --device cuda [--quick] [--shapes NxK ...] [--rows N ...]
     python -m benchmarks.kernels.run --device cpu --interpret --quick
     ncu --set full python -m benchmarks.kernels.run --device cuda --profile 14336x4096
 
 Needs torch, triton and numpy alone, and no network; where the packages are not installed, with
-`PYTHONPATH=kernels`. If a kernel is wrong at any shape, width or
-number of rows, the run ends with status 1 and writes nothing. Times are of CUDA graph replays whose
+`PYTHONPATH=kernels`. If a kernel is wrong at any shape, width or number of rows, the run ends with
+status 1 and writes nothing. A baseline (torch's bf16 and int4, gemlite, vLLM's Marlin) that is
+wrong or cannot run is left out, and the results say why. Times are of CUDA graph replays whose
 calls take turns on copies, so that weights come from memory (`gpu_timing.py`). Interpreted, all of
 it runs on a small layer, and times mean nothing. Untested on GPUs.
 """
@@ -23,7 +24,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.kernels import gpu_baselines, gpu_timing
+from benchmarks.kernels import gpu_baselines, gpu_libraries, gpu_timing
+from benchmarks.kernels.command_line import layout_name
+from benchmarks.kernels.gpu_baselines import Baseline, UnavailableError
 from benchmarks.kernels.gpu_layers import (
     DEQUANTIZED_ERROR,
     ERROR,
@@ -43,6 +46,17 @@ QUICK_SHAPES = [(4096, 4096), (14336, 4096)]
 INTERPRETED_SHAPE = (96, 256)
 LOGITS = (64, 128256)
 BASELINE_ERROR = 2e-2
+BASELINE_ROWS = (1, 5, 70)
+"""Rows of x that a baseline is checked at, before it is timed: it may have a kernel for each."""
+
+BASELINES: dict[str, Callable[[int, int, torch.device], Baseline]] = {
+    "torch bf16": gpu_baselines.cublas,
+    "torch int4 g128": gpu_baselines.torch_int4,
+    "gemlite W4A16 g64": lambda n, k, device: gpu_libraries.gemlite(n, k, 4, device),
+    "gemlite W8A16 g64": lambda n, k, device: gpu_libraries.gemlite(n, k, 8, device),
+    "Marlin W4A16 g64": lambda n, k, device: gpu_libraries.marlin(n, k, 4, device),
+    "Marlin W8A16 g64": lambda n, k, device: gpu_libraries.marlin(n, k, 8, device),
+}
 RESULTS = Path("benchmarks", "results", "kernels-gpu.json")
 PART = Path("benchmarks", "out", "kernels-gpu.json")
 
@@ -94,7 +108,7 @@ def gate(layer: NestedLayer, rows: Sequence[int]) -> list[dict[str, Any]]:
                 bound = (ERROR if fused else DEQUANTIZED_ERROR)[dtype]
                 checks.append(
                     {
-                        "layout": "|".join(map(str, layer.layout)),
+                        "layout": layout_name(layer.layout),
                         "shape": f"{layer.n}x{layer.k}",
                         "width": width,
                         "rows": count,
@@ -137,29 +151,59 @@ def time_layer(layer: NestedLayer, rows: int) -> dict[str, float]:
     return found | {"alternating": gpu_timing.seconds(both, device)}
 
 
-def find_baselines(
-    n: int, k: int, device: torch.device
-) -> tuple[list[gpu_baselines.Baseline], dict[str, str]]:
-    """Those of a shape that are right; why the others are not there."""
-    x = activations(5, k, torch.bfloat16, device)
+def faults() -> tuple[type[Exception], ...]:
+    """What other people's kernels raise for what they cannot do."""
+    from triton.errors import TritonError
+
+    return (
+        AssertionError,
+        AttributeError,
+        ImportError,
+        LookupError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        TritonError,
+    )
+
+
+def reason(error: Exception) -> str:
+    """One line of an error."""
+    return (str(error).splitlines() or [repr(error)])[0]
+
+
+def find_baselines(n: int, k: int, device: torch.device) -> tuple[list[Baseline], dict[str, str]]:
+    """Those of a shape that are right; why the others are not there, by name."""
     found, missing = [], {}
-    for make in (gpu_baselines.cublas, gpu_baselines.torch_int4):
+    for name, make in BASELINES.items():
         try:
             baseline = make(n, k, device)
-        except gpu_baselines.UnavailableError as error:
-            missing[make.__name__] = str(error)
+            errors = [
+                gpu_baselines.error_of(baseline, activations(rows, k, torch.bfloat16, device))
+                for rows in BASELINE_ROWS
+            ]
+        except UnavailableError as error:
+            missing[name] = str(error)
             continue
-        error_found = gpu_baselines.error_of(baseline, x)
-        if error_found <= BASELINE_ERROR:
-            found.append(baseline)
+        except faults() as error:
+            missing[name] = f"it failed: {reason(error)}"
+            continue
+        wrong = [
+            f"wrong by {error:.3g} at {rows} rows"
+            for rows, error in zip(BASELINE_ROWS, errors, strict=True)
+            if not error <= BASELINE_ERROR
+        ]
+        if wrong:
+            missing[name] = ", ".join(wrong)
         else:
-            missing[baseline.name] = f"wrong by {error_found:.3g}"
+            found.append(baseline)
+    for name, why in missing.items():
+        say(f"without {name} at {n}x{k}: {why}")
     return found, missing
 
 
-def time_baseline(
-    baseline: gpu_baselines.Baseline, k: int, rows: int, device: torch.device
-) -> float:
+def time_baseline(baseline: Baseline, k: int, rows: int, device: torch.device) -> float:
     """Seconds, of weights from memory."""
     x = activations(rows, k, torch.bfloat16, device)
     count = gpu_timing.copies_for_cold_cache(baseline.bytes_read, device)
@@ -169,6 +213,20 @@ def time_baseline(
         return lambda: call(x)
 
     return gpu_timing.seconds([bound(call) for call in calls], device)
+
+
+def time_baselines(
+    baselines: Sequence[Baseline], k: int, rows: int, device: torch.device
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Seconds by name; and why one could not be timed, as in a graph."""
+    times, missing = {}, {}
+    for one in baselines:
+        try:
+            times[one.name] = time_baseline(one, k, rows, device)
+        except faults() as error:
+            missing[one.name] = f"it failed: {reason(error)}"
+            say(f"without {one.name} for {rows} rows: {missing[one.name]}")
+    return times, missing
 
 
 def time_step(device: torch.device, rows: int, vocabulary: int) -> float:
@@ -211,10 +269,11 @@ def time_shape(
     n: int, k: int, chosen: argparse.Namespace, device: torch.device
 ) -> Iterator[dict[str, Any]]:
     """Cells of a shape, one for each number of rows."""
-    layers = {"|".join(map(str, one)): make_layer(n, k, one, device) for one in chosen.layouts}
+    layers = {layout_name(one): make_layer(n, k, one, device) for one in chosen.layouts}
     baselines, missing = find_baselines(n, k, device)
     for rows in chosen.rows:
         say(f"times: {n}x{k}, {rows} rows")
+        seconds, untimed = time_baselines(baselines, k, rows, device)
         yield {
             "shape": f"{n}x{k}",
             "n": n,
@@ -225,8 +284,8 @@ def time_shape(
                 name: {str(width): layer.bytes_read(width) for width in layer.widths}
                 for name, layer in layers.items()
             },
-            "baselines": {one.name: time_baseline(one, k, rows, device) for one in baselines},
-            "unavailable": missing,
+            "baselines": seconds,
+            "unavailable": missing | untimed,
         }
 
 
@@ -237,7 +296,7 @@ def measure(chosen: argparse.Namespace, device: torch.device) -> dict[str, Any] 
     checks = [gate_entropy(device, rows, vocabulary)]
     for n, k in chosen.shapes:
         for one in chosen.layouts:
-            say(f"gate: {n}x{k}, {'|'.join(map(str, one))}")
+            say(f"gate: {n}x{k}, {layout_name(one)}")
             checks += gate(make_layer(n, k, one, device), chosen.gate_rows)
     red = [check for check in checks if not check["passed"]]
     for check in red:

@@ -23,8 +23,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.kernels import gpu_timing
-from benchmarks.kernels.gpu_layers import ERROR, NestedLayer, activations, make_layer
+from benchmarks.kernels import command_line, gpu_timing
+from benchmarks.kernels.command_line import layout_name
+from benchmarks.kernels.gpu_layers import ERROR, GROUP_SIZE, NestedLayer, activations, make_layer
 from benchmarks.provenance import provenance
 
 SHAPES = {
@@ -130,7 +131,7 @@ def entries(
                 if chosen is None:
                     raise RuntimeError(f"no launch is right for {n}x{k}, {rows} rows, {layout}")
                 yield {
-                    "layout": "|".join(map(str, layout)), "n": n, "k": k, "rows": rows,
+                    "layout": layout_name(layout), "n": n, "k": k, "rows": rows,
                     **asdict(chosen),
                     "us": {str(w): round(s * 1e6, 2) for w, s in times[chosen].items()},
                 }  # fmt: skip
@@ -172,20 +173,16 @@ def threshold_times(
 
 
 def shape(text: str) -> tuple[int, int]:
-    """`4096x4096` -> `(4096, 4096)`."""
-    n, _, k = text.partition("x")
-    if not (n.isdigit() and k.isdigit() and int(n) > 0 and int(k) > 0 and int(k) % 64 == 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is no shape; write N x K, K a multiple of 64")
-    return int(n), int(k)
+    """`4096x4096` -> `(4096, 4096)`, K in whole groups."""
+    return command_line.shape(text, GROUP_SIZE)
 
 
 def layout(text: str) -> tuple[int, ...]:
-    """`4|2|2` -> `(4, 2, 2)`."""
-    found = tuple(int(part) for part in text.split("|") if part.isdigit())
-    if found not in LAYOUTS:
-        known = ", ".join("|".join(map(str, one)) for one in LAYOUTS)
-        raise argparse.ArgumentTypeError(f"{text!r} has no kernel; use {known}")
-    return found
+    """`4|2|2` -> `(4, 2, 2)`, if it has a kernel."""
+    known = {layout_name(one): one for one in LAYOUTS}
+    if text not in known:
+        raise argparse.ArgumentTypeError(f"{text!r} has no kernel; use {', '.join(known)}")
+    return known[text]
 
 
 def main(arguments: list[str] | None = None) -> int:

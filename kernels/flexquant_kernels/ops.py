@@ -37,6 +37,8 @@ _LINEAR_SIGNATURE = (
 _SCHEMAS = {
     "linear": _LINEAR_SIGNATURE,
     "linear_reference": _LINEAR_SIGNATURE,
+    # `counters` is written, but is what it was when the call is over, so no caller can tell. If it
+    # were declared as mutated, torch.compile would copy it before each call or write it back after.
     "linear_relaid": (
         "(Tensor x, Tensor[] planes, Tensor scales, Tensor counters, Tensor width, Tensor? bias, "
         "int[] layout, int group_size, int out_features) -> Tensor"

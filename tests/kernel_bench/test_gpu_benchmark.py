@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks.kernels import gpu_baselines, gpu_plot, gpu_targets, run
+from benchmarks.kernels import gpu_baselines, gpu_libraries, gpu_plot, gpu_targets, run, run_gpu
 from benchmarks.kernels.gpu_layers import activations, make_layer
 from benchmarks.provenance import ROOT
 
@@ -46,7 +46,10 @@ def test_interpreted_from_end_to_end(tmp_path) -> None:
         assert set(cell["seconds"]["4|2|2"]) == {"4", "6", "8", "alternating"}
         assert cell["bytes_read"]["4|2|2"]["4"] == 96 * 256 // 2 + 96 * 16
         assert cell["baselines"]["torch bf16"] > 0
-        assert "needs a GPU" in cell["unavailable"]["torch_int4"]
+        assert set(cell["unavailable"]) | set(cell["baselines"]) == set(run_gpu.BASELINES)
+        for name in ("torch int4 g128", "gemlite W4A16 g64", "Marlin W8A16 g64"):
+            assert "needs a GPU" in cell["unavailable"][name]
+            assert f"without {name} at 96x256: " in done.stderr
 
 
 def test_a_bare_machine_is_enough() -> None:
@@ -67,8 +70,6 @@ def test_a_bare_machine_is_enough() -> None:
 
 
 def test_the_gate_is_red_for_a_wrong_weight(gpu, device) -> None:
-    from benchmarks.kernels import run_gpu
-
     layer = make_layer(70, 256, (4, 2, 2), device)
     assert all(check["passed"] for check in run_gpu.gate(layer, [2]))
     layer.weight.planes[1].bitwise_xor_(1 << 7)
@@ -83,6 +84,67 @@ def test_baselines_hold_what_they_say(device) -> None:
     assert baseline.bytes_read == 64 * 256 * 2
     with pytest.raises(gpu_baselines.UnavailableError, match="k in multiples of 128"):
         gpu_baselines.torch_int4(64, 96, device)
+
+
+def _unpacked(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes [n, k] of words [k * bits / 32, n], by GPTQ's definition."""
+    parts = [(words.long() >> shift) & ((1 << bits) - 1) for shift in range(0, 32, bits)]
+    return torch.stack(parts, dim=1).flatten(0, 1).T
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_of_libraries_are_packed_as_gptq_does(bits) -> None:
+    codes, scales = gpu_libraries.quantized(48, 128, bits)
+    assert (int(codes.min()), int(codes.max())) == (0, (1 << bits) - 1)
+    words = gpu_libraries.gptq_words(codes, bits)
+    assert torch.equal(_unpacked(words, bits), codes.long())
+    weight = gpu_libraries.dequantized(codes, scales, bits)
+    want = (int(codes[5, 70]) - 2 ** (bits - 1)) * float(scales[5, 1])
+    assert float(weight[5, 70]) == pytest.approx(want, rel=2**-8)
+    utils = pytest.importorskip("vllm.model_executor.layers.quantization.utils.quant_utils")
+    assert torch.equal(words, utils.gptq_pack(codes.T.contiguous(), bits, 128, 48))
+
+
+def test_libraries_that_are_not_there_are_left_out(monkeypatch) -> None:
+    cuda, cpu = torch.device("cuda", 0), torch.device("cpu")
+    monkeypatch.setitem(sys.modules, "gemlite", None)
+    for make, words in (
+        (gpu_libraries.gemlite, "gemlite cannot be imported: "),
+        (gpu_libraries.marlin, "vLLM, which cannot be imported: |this build of vLLM has no gptq_m"),
+    ):
+        with pytest.raises(gpu_baselines.UnavailableError, match="W4A16 g64 needs a GPU"):
+            make(64, 128, 4, cpu)
+        with pytest.raises(gpu_baselines.UnavailableError, match="groups of 64, and k is 96"):
+            make(64, 96, 8, cuda)
+        if not torch.cuda.is_available():
+            with pytest.raises(gpu_baselines.UnavailableError, match=words):
+                make(64, 128, 4, cuda)
+
+
+def test_a_baseline_that_fails_or_is_wrong_is_left_out(monkeypatch, capsys) -> None:
+    pytest.importorskip("triton")
+
+    def made(name: str, call) -> gpu_baselines.Baseline:
+        return gpu_baselines.Baseline(name, 64, lambda: call, torch.eye(64))
+
+    def breaks(x: torch.Tensor) -> torch.Tensor:
+        raise KeyError("no such launch")
+
+    def many(x: torch.Tensor) -> torch.Tensor:
+        return x * (1.04 if len(x) > 64 else 1.0)
+
+    calls = {"right": lambda x: x, "broken": breaks, "wrong": many, "none": lambda x: x * torch.nan}
+    one = {name: lambda n, k, device, name=name: made(name, calls[name]) for name in calls}
+    monkeypatch.setattr(run_gpu, "BASELINES", one)
+    found, missing = run_gpu.find_baselines(64, 64, torch.device("cpu"))
+    assert [baseline.name for baseline in found] == ["right"]
+    assert missing["broken"] == "it failed: 'no such launch'"
+    assert missing["wrong"] == "wrong by 0.04 at 70 rows"
+    assert "wrong by nan at 1 rows, " in missing["none"]
+    assert "without wrong at 64x64: wrong by 0.04 at 70 rows" in capsys.readouterr().err
+    baselines = [made(name, calls[name]) for name in ("right", "broken")]
+    times, missing = run_gpu.time_baselines(baselines, 64, 3, torch.device("cpu"))
+    assert (set(times), set(missing)) == ({"right"}, {"broken"})
 
 
 def _results(**seconds) -> dict:

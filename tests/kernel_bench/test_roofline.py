@@ -60,12 +60,10 @@ def test_the_linear_kernel_moves_what_the_model_says(gpu, asked, layout) -> None
 
 
 def test_the_other_kernels_move_what_the_model_says(gpu, asked) -> None:
-    from flexquant_kernels.triton.dequantize import dequantize
-
     weight = _weight(gpu, 70, 544, (4, 2, 2), 32)
     for width in (4, 6, 8):
         asked.update(loads=0, stores=0)
-        dequantize(weight, torch.tensor([width], dtype=torch.int32), torch.float16)
+        gpu.dequantize.dequantize(weight, torch.tensor([width], dtype=torch.int32), torch.float16)
         model = roofline.dequantize(70, 544, width, 32)
         assert (asked["loads"], asked["stores"]) == (model.loads, model.stores)
     for dtype in (torch.float32, torch.bfloat16):
@@ -75,13 +73,11 @@ def test_the_other_kernels_move_what_the_model_says(gpu, asked) -> None:
         assert (asked["loads"], asked["stores"]) == (model.loads, model.stores)
 
 
-def test_little_is_moved_that_need_not_be() -> None:
+def test_little_is_moved_that_need_not_be(gpu) -> None:
     """Padding and the sums of K's parts, on the shapes of a model of 8B."""
-    from flexquant_kernels.triton.tuning import heuristic
-
     for n, k in roofline.SHAPES.values():
         for rows in (1, 8, 64):
-            launch = heuristic(rows, n, k, "sm_90", 132)
+            launch = gpu.tuning.heuristic(rows, n, k, "sm_90", 132)
             for width in (4, 8):
                 found = roofline.linear(n, k, rows, width, 64, launch.block, launch.splits)
                 assert found.must <= found.memory <= 1.5 * found.must
@@ -114,15 +110,13 @@ def test_limits() -> None:
 
 
 @pytest.mark.parametrize("name", roofline.GPUS)
-def test_the_threshold_of_dequantizing_is_that_of_the_model(name) -> None:
+def test_the_threshold_of_dequantizing_is_that_of_the_model(gpu, name) -> None:
     """At 8 bits, the width of prefill, on the shapes of a model of 8B; in steps of 32 rows."""
-    from flexquant_kernels.triton.tuning import DEQUANTIZE_ABOVE
-
     card, compiled = roofline.GPUS[name], roofline.Compiled()
     for shape in roofline.SHAPES.values():
         first = roofline.crossover(card, compiled, shape, 8, "4|2|2")
         assert first is not None
-        assert abs(first - 32 - DEQUANTIZE_ABOVE[card.target]) <= 32
+        assert abs(first - 32 - gpu.tuning.DEQUANTIZE_ABOVE[card.target]) <= 32
 
 
 def test_the_table_is_printed(capsys) -> None:

@@ -16,9 +16,7 @@ pytestmark = pytest.mark.usefixtures("gpu")
 
 @pytest.fixture
 def tuning(gpu):
-    from flexquant_kernels.triton import tuning
-
-    return tuning
+    return gpu.tuning
 
 
 def test_without_a_gpu_it_says_so_and_writes_nothing(monkeypatch, tmp_path, capsys) -> None:

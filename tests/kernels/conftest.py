@@ -95,6 +95,39 @@ def make_weight() -> Callable[..., Weight]:
     return _make_weight
 
 
+def _make_logits(rows: int, vocabulary: int, spread: float = 3.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(rows * vocabulary)
+    return torch.randn(rows, vocabulary, generator=generator) * spread
+
+
+@pytest.fixture(scope="session")
+def make_logits() -> Callable[..., torch.Tensor]:
+    """Normal logits, fp32 [rows, vocabulary], the same for the same arguments."""
+    return _make_logits
+
+
+def _check_entropy(got: torch.Tensor, logits: torch.Tensor, tolerance: float) -> None:
+    p = logits.double().softmax(-1)
+    want = -torch.where(p > 0, p * p.log(), 0.0).sum(-1)
+    assert (got.dtype, got.shape) == (torch.float32, logits.shape[:1])
+    torch.testing.assert_close(got.double().cpu(), want, rtol=tolerance, atol=tolerance)
+
+
+@pytest.fixture(scope="session")
+def check_entropy() -> Callable[[torch.Tensor, torch.Tensor, float], None]:
+    """Asserts that entropies are those of the rows of logits in fp64, within a tolerance."""
+    return _check_entropy
+
+
+EXTREME = [[3e38, -3e38, 0.0], [-3e38, -3e38, -3e38], [1e4, 1e4, -1e4], [-200.0, -1e30, -200.0]]
+
+
+@pytest.fixture(scope="session")
+def extreme_logits() -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits fp32 [4, 3] near the ends of fp32, and their entropies."""
+    return torch.tensor(EXTREME), torch.tensor([0.0, 3.0, 2.0, 2.0]).log().clamp(min=0)
+
+
 @pytest.fixture(scope="session")
 def native() -> str:
     """Path of the native library; skips the test where the machine cannot have it."""

@@ -5,11 +5,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from benchmarks.kernels import aot, machine_code
 from benchmarks.provenance import ROOT
+from tools import check_triton
 
 TABLE = ROOT / aot.RESULTS
 VERSION = "3.7.1"
@@ -19,6 +22,25 @@ VERSION = "3.7.1"
 @pytest.fixture(scope="module")
 def rows() -> list[dict]:
     return json.loads(TABLE.read_text())["results"]
+
+
+@pytest.fixture
+def compile_names(monkeypatch, tmp_path) -> Callable[..., int]:
+    """`aot.main` on a table of its own, of kernels with these names under this Triton."""
+    for variable in ("TRITON_CACHE_DIR", "TRITON_INTERPRET"):
+        monkeypatch.setenv(variable, "0")  # which `main` changes
+
+    def compiled(version: str, names: str, *arguments: str) -> int:
+        def examine(name: str, target: str) -> dict:
+            return _row(variant=name, target=target, triton=version)
+
+        monkeypatch.setattr(aot, "examine", examine)
+        monkeypatch.setattr(aot, "triton_version", lambda: version)
+        monkeypatch.setattr(aot, "cases", lambda target, quick: names)
+        out = str(tmp_path / "table.json")
+        return aot.main(["--out", out, "--targets", "sm_90", *arguments])
+
+    return compiled
 
 
 @pytest.mark.slow
@@ -42,8 +64,63 @@ def test_the_table_is_whole_and_without_fault(rows, gpu) -> None:
     for target in aot.TARGETS:
         for case in cases(target, quick=False):
             assert (VERSION, target, case.name) in known
+    for version in check_triton.VERSIONS:
+        for target in aot.TARGETS:
+            assert {(version, target, case.name) for case in cases(target, quick=True)} <= known
     for row in rows:
         assert list(aot.faults(row, row)) == [], row
+
+
+def test_a_check_under_a_named_triton_needs_it_and_its_rows(compile_names, capsys) -> None:
+    assert compile_names("1", "a") == 0
+    assert compile_names("1", "a", "--check", "--triton", "1") == 0
+    assert compile_names("1", "ab", "--check", "--triton", "1") == 1
+    assert "not in the table" in capsys.readouterr().out
+    assert compile_names("2", "a", "--check", "--triton", "1") == 1
+    assert capsys.readouterr().out == "triton 2 would be imported, not 1\n"
+
+
+def _version(folder: Path, version: str) -> Path:
+    """A folder with a Triton that the check takes for installed."""
+    package = folder / f"triton-{version}" / "triton"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    return package.parent
+
+
+def test_versions_of_triton_are_kept_and_installed_anew_where_they_are_not(
+    tmp_path, monkeypatch, capsys
+) -> None:
+    folder = _version(tmp_path, "1.0")
+    assert check_triton.installed("1.0", tmp_path) == folder
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    with pytest.raises(check_triton.CheckError, match=r"(?s)triton 0\.0.*No matching.*run again"):
+        check_triton.installed("0.0", tmp_path)
+    assert not (tmp_path / "triton-0.0").exists()
+    monkeypatch.setattr(check_triton, "ROOT", tmp_path / "empty")
+    assert check_triton.main() == 1
+    assert "check_triton: pip could not install triton 3.6.0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 64])
+def test_every_target_is_compiled_once_under_every_version(monkeypatch, capsys, processes) -> None:
+    done, worse = [], []
+
+    def compiled(version: str, folder: Path, arguments: list[str]) -> tuple[int, str]:
+        assert folder == Path(version)
+        assert arguments[0] == "--targets"
+        done.extend((version, target) for target in arguments[1:])
+        return int((version, arguments[1]) in worse), "rows\n"
+
+    monkeypatch.setattr(check_triton, "compile_rows", compiled)
+    folders = {version: Path(version) for version in ("a", "b")}
+    assert check_triton.check(folders, processes, [])
+    assert sorted(done) == [(v, target) for v in "ab" for target in sorted(aot.TARGETS)]
+    worse.append(("b", "sm_80"))
+    assert not check_triton.check(folders, processes, [])
+    assert "triton b\nrows\n" in capsys.readouterr().out
 
 
 def _row(**changes) -> dict:
@@ -91,21 +168,11 @@ def test_a_row_worse_than_in_the_table() -> None:
     assert list(aot.faults(small | {"instructions": 630}, small)) == []
 
 
-def test_the_table_keeps_what_was_not_compiled_anew(monkeypatch, tmp_path, capsys) -> None:
-    for variable in ("TRITON_CACHE_DIR", "TRITON_INTERPRET"):
-        monkeypatch.setenv(variable, "0")  # which `main` changes
-    out = tmp_path / "table.json"
-
-    def compiled(version: str, names: str, *arguments: str) -> int:
-        def examine(name: str, target: str) -> dict:
-            return _row(variant=name, target=target, triton=version)
-
-        monkeypatch.setattr(aot, "examine", examine)
-        monkeypatch.setattr(aot, "cases", lambda target, quick: names)
-        return aot.main(["--out", str(out), "--targets", "sm_90", *arguments])
+def test_the_table_keeps_what_was_not_compiled_anew(compile_names, tmp_path, capsys) -> None:
+    compiled = compile_names
 
     def table() -> list[str]:
-        rows = json.loads(out.read_text())["results"]
+        rows = json.loads((tmp_path / "table.json").read_text())["results"]
         return [f"{row['triton']} {row['variant']}" for row in rows]
 
     assert compiled("1", "ab") == compiled("2", "ab") == 0

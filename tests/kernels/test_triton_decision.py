@@ -2,6 +2,7 @@
 """The Triton decision kernel against the controller's plain torch: the same levels and tables."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -183,9 +184,44 @@ def test_bad_states_say_what_to_do(gpu, device) -> None:
     refused(r"table is torch.int32 \(1,\).* give .*\[2\]", table=table[:1])
     refused("average is on meta but must be on", average=average.to("meta"))
     refused("rows is 0: give 1 to 4096", rows=0)
+    refused(r"ladder is \(0, 2\): give \[levels, layers\]", ladder=ladder[:0])
+    refused(r"ladder is \(2, 0\): give \[levels, layers\]", ladder=ladder[:, :0])
+    refused(r"ladder is \(2,\): give \[levels, layers\]", ladder=ladder[0])
+    refused(r"table is .*strides \(2,\): give a contiguous", table=table.repeat(2)[::2])
     state = gpu.make_state(**given)
     with pytest.raises(ValueError, match="the batch has 3 rows but there is room for 2"):
         state.announce([0, 1, 2], [False] * 3, [0] * 3)
-    rules = vars(_rules(gpu, FlexQuantOptions())) | {"aggregate": "median"}
-    with pytest.raises(ValueError, match="aggregate is 'median': give one of"):
-        state.adopt(gpu.Rules(**rules))
+    with pytest.raises(ValueError, match="slot 3 is none: there are 3"):
+        state.announce([0, 3], [False] * 2, [0] * 2)
+    with pytest.raises(ValueError, match="a floor is 9 bits: give 0 to 8"):
+        state.announce([0, 1], [False] * 2, [0, 9])
+    rules = vars(_rules(gpu, FlexQuantOptions()))
+    for words, changes in (
+        ("aggregate is 'median': give one of", {"aggregate": "median"}),
+        ("min_bits is -1: give 0 to 8", {"min_bits": -1}),
+        ("max_bits is 9: give 0 to 8", {"max_bits": 9}),
+    ):
+        with pytest.raises(ValueError, match=words):
+            state.adopt(gpu.Rules(**rules | changes))
+
+
+def test_tensors_at_odd_addresses(gpu, device) -> None:
+    """The table is part of a larger one, as are the averages."""
+    made = _controller((8, 6, 8), "4|2|2", policy="entropy")
+    made.sequences.average.copy_(torch.linspace(0, 3, SLOTS + 1))
+    made.sequences.seen[:] = True
+    tables = []
+    for by in (0, 1, 3):
+        state = _beside(gpu, device, made)
+        moved = {
+            name: getattr(state, name).new_empty(getattr(state, name).numel() + by)[by:]
+            for name in ("average", "seen", "table")
+        }
+        for name, tensor in moved.items():
+            tensor.copy_(getattr(state, name))
+        state = replace(state, **moved)
+        state.announce([2, 5], [False] * 2, [0] * 2)
+        gpu.decide(state)
+        tables.append(state.table.tolist())
+    assert tables[0] == tables[1] == tables[2]
+    assert min(tables[0][:3]) >= 4

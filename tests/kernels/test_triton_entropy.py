@@ -15,50 +15,41 @@ pytestmark = [
 CHUNK = 8192
 
 
-def _logits(rows: int, vocab: int, spread: float = 3.0) -> torch.Tensor:
-    return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(rows * vocab)) * spread
-
-
-def _truth(logits: torch.Tensor) -> torch.Tensor:
-    p = logits.double().softmax(-1)
-    return -torch.where(p > 0, p * p.log(), 0.0).sum(-1)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     ("rows", "vocab"), [(1, 1), (3, 7), (2, CHUNK), (2, CHUNK + 1), (3, 49152), (70, 33)]
 )
-def test_against_fp64(gpu, device, rows: int, vocab: int, dtype: torch.dtype) -> None:
+def test_against_fp64(
+    gpu, device, make_logits, check_entropy, rows: int, vocab: int, dtype: torch.dtype
+) -> None:
     for spread in (0.0, 0.1, 3.0, 60.0):
-        logits = _logits(rows, vocab, spread).to(dtype)
+        logits = make_logits(rows, vocab, spread).to(dtype)
         got = gpu.entropy(logits.to(device)).cpu()
-        assert got.dtype == torch.float32
-        assert got.shape == (rows,)
-        torch.testing.assert_close(got.double(), _truth(logits), rtol=5e-6, atol=5e-6)
+        check_entropy(got, logits, 5e-6)
 
 
-def test_the_largest_vocabulary(gpu, device) -> None:
-    logits = _logits(2, 262144).bfloat16()
+def test_the_largest_vocabulary(gpu, device, make_logits, check_entropy) -> None:
+    logits = make_logits(2, 262144).bfloat16()
     got = gpu.entropy(logits.to(device)).cpu()
-    torch.testing.assert_close(got.double(), _truth(logits), rtol=5e-6, atol=5e-6)
+    check_entropy(got, logits, 5e-6)
 
 
-def test_masked_logits(gpu, device) -> None:
+def test_masked_logits(gpu, device, make_logits, check_entropy) -> None:
     vocab = 3 * CHUNK + 17
-    logits = _logits(5, vocab)
+    logits = make_logits(5, vocab)
     logits[0, torch.randperm(vocab)[50:]] = -torch.inf  # top-k
     logits[1, : 2 * CHUNK] = -torch.inf  # whole chunks
     logits[2, 1:] = -torch.inf
     logits[3, 1000:] = -torch.inf
     logits[4, :CHUNK] -= 300  # a chunk whose share is zero in fp32
     got = gpu.entropy(logits.to(device)).cpu()
-    torch.testing.assert_close(got.double(), _truth(logits), rtol=5e-6, atol=5e-6)
+    check_entropy(got, logits, 5e-6)
     assert got[2] == 0
 
 
-def test_rows_without_a_distribution_are_nan_as_in_the_reference(gpu, device) -> None:
+def test_rows_without_a_distribution_are_nan_as_in_the_reference(gpu, device, make_logits) -> None:
     for place in (0, CHUNK - 1, CHUNK, CHUNK + 900):
-        logits = _logits(4, CHUNK + 1000)
+        logits = make_logits(4, CHUNK + 1000)
         logits[0] = -torch.inf
         logits[1, place] = torch.nan
         logits[2, place] = torch.inf
@@ -69,19 +60,16 @@ def test_rows_without_a_distribution_are_nan_as_in_the_reference(gpu, device) ->
     assert gpu.entropy(torch.empty(0, 9, device=device)).shape == (0,)
 
 
-def test_extreme_values(gpu, device) -> None:
-    logits = torch.tensor(
-        [[3e38, -3e38, 0.0], [-3e38, -3e38, -3e38], [1e4, 1e4, -1e4], [-200.0, -1e30, -200.0]]
-    )
-    want = torch.tensor([0.0, 3.0, 2.0, 2.0]).log().clamp(min=0)
+def test_extreme_values(gpu, device, extreme_logits) -> None:
+    logits, want = extreme_logits
     torch.testing.assert_close(gpu.entropy(logits.to(device)).cpu(), want, rtol=1e-6, atol=1e-6)
     ends = torch.full((2, 2 * CHUNK), -3e38)
     ends[0, -1] = ends[1, 0] = 3e38
     assert gpu.entropy(ends.to(device)).tolist() == [0.0, 0.0]
 
 
-def test_rows_are_independent_of_batch_and_strides(gpu, device) -> None:
-    logits = _logits(9, CHUNK + 33).to(device)
+def test_rows_are_independent_of_batch_and_strides(gpu, device, make_logits) -> None:
+    logits = make_logits(9, CHUNK + 33).to(device)
     alone = torch.cat([gpu.entropy(logits[i : i + 1]) for i in range(9)])
     assert torch.equal(gpu.entropy(logits), alone)
     assert torch.equal(gpu.entropy(logits[::2]), alone[::2])
@@ -90,13 +78,13 @@ def test_rows_are_independent_of_batch_and_strides(gpu, device) -> None:
     assert torch.equal(gpu.entropy(moved), alone)
 
 
-def test_tracking_is_that_of_the_controller(gpu, device) -> None:
+def test_tracking_is_that_of_the_controller(gpu, device, make_logits) -> None:
     slots, decay = 6, 0.7
     own, other = (SequenceEntropy(slots, device) for _ in range(2))
     generator = torch.Generator().manual_seed(0)
     for step in range(4):
         rows = 1 + step
-        logits = _logits(rows, 50, 1.0 + step).to(device)
+        logits = make_logits(rows, 50, 1.0 + step).to(device)
         if step == 2:
             logits[1] = torch.nan
         index = torch.randperm(slots, generator=generator)[:rows].to(device)
@@ -106,10 +94,10 @@ def test_tracking_is_that_of_the_controller(gpu, device) -> None:
         assert torch.equal(own.seen, other.seen)
 
 
-def test_discarded_rows_are_not_tracked(gpu, device) -> None:
+def test_discarded_rows_are_not_tracked(gpu, device, make_logits) -> None:
     state = SequenceEntropy(3, device)
     index = torch.tensor([3, 1, 3], device=device)
-    got = gpu.track_entropy(_logits(3, 9).to(device), index, state.average, state.seen, 0.5)
+    got = gpu.track_entropy(make_logits(3, 9).to(device), index, state.average, state.seen, 0.5)
     assert state.seen.tolist() == [False, True, False, False]
     assert state.average.tolist() == [0.0, float(got[1]), 0.0, 0.0]
 
@@ -134,3 +122,7 @@ def test_bad_inputs_say_what_to_do(gpu, device) -> None:
     refused(r"strides \(2,\): give a contiguous", logits, index, average.repeat(2)[::2], seen)
     refused(r"seen is torch.bool \(2,\).* give .*\[3\]", logits, index, average, seen[:2])
     refused("average is on meta but must be on", logits, index, average.to("meta"), seen)
+    refused("slots is on meta but must be on", logits, index.to("meta"), average, seen)
+    refused("logits have dtype torch.int32", logits.int(), index, average, seen)
+    assert gpu.track_entropy(logits[:0], index[:0], average, seen, 0.5).shape == (0,)
+    assert not seen.any()

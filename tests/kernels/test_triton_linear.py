@@ -60,18 +60,16 @@ def _check(got: torch.Tensor, x: torch.Tensor, weight, width: int, bias=None) ->
 
 @pytest.mark.parametrize("plane_width", [1, 2, 4])
 def test_planes_come_back_from_the_device_form(gpu, plane_width) -> None:
-    from flexquant_kernels.triton import layout
-
     for n, k in ((1, 32), (65, 288), (130, 256)):
         generator = torch.Generator().manual_seed(n)
         shape = (n, k * plane_width // 8)
         plane = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-        words = layout.relay_plane(plane, plane_width, k)
-        n_pad, k_pad = layout.padded(n, k)
+        words = gpu.layout.relay_plane(plane, plane_width, k)
+        n_pad, k_pad = gpu.layout.padded(n, k)
         assert words.numel() * 32 == n_pad * k_pad * plane_width
         step = range(0, 8, plane_width)
         fields = torch.stack([(plane >> i) & (2**plane_width - 1) for i in step], dim=-1)
-        assert torch.equal(layout.restore_plane(words, plane_width, n, k), fields.flatten(1))
+        assert torch.equal(gpu.layout.restore_plane(words, plane_width, n, k), fields.flatten(1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -131,11 +129,8 @@ def test_splits_of_k_are_added_in_order(gpu, relaid) -> None:
 def test_many_rows_take_a_weight_that_is_dequantized(
     gpu, relaid, monkeypatch, layout, dtype
 ) -> None:
-    from flexquant_kernels.triton import linear as function
-    from flexquant_kernels.triton import tuning
-
-    rows = tuning.table_of("none").dequantize_above + 1
-    monkeypatch.setitem(function.__globals__, "SLICE_WEIGHTS", 300 * 64)  # slices of 64 outputs
+    rows = gpu.tuning.table_of("none").dequantize_above + 1
+    monkeypatch.setitem(gpu.linear.__globals__, "SLICE_WEIGHTS", 300 * 64)  # slices of 64 outputs
     weight, device = relaid(70, 288, 32, layout)
     x, bias = _x(rows, 288).to(dtype), _x(70)
     _check(gpu.linear(x.to(DEVICE), device, _width(4)), x, weight, 4)
@@ -144,8 +139,7 @@ def test_many_rows_take_a_weight_that_is_dequantized(
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_dequantized_weights(gpu, relaid, layout) -> None:
-    from flexquant_kernels.triton.dequantize import dequantize
-
+    dequantize = gpu.dequantize.dequantize
     for n, k, group_size, shared, dtype, bound in (
         (70, 288, 32, False, torch.bfloat16, 2**-7),
         (65, 256, 128, True, torch.float16, 2**-10),
@@ -233,7 +227,7 @@ def test_bias_dtypes(gpu, relaid) -> None:
     weight, device = relaid(17, 64, 32)
     x = _x(2, 64).half()
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        bias = _x(17).to(dtype)
+        bias = _x(18).to(dtype)[1:]  # at an odd address
         got = gpu.linear(x.to(DEVICE), device, _width(4), bias.to(DEVICE))
         _check(got, x, weight, 4, bias)
 
@@ -255,8 +249,37 @@ def test_bad_inputs_say_what_to_do(gpu, relaid) -> None:
     refused(r"bias has strides \(2,\)", x, device, width, bias[::2])
     refused("width is on meta but the weight on", x, device, width.to("meta"))
     refused("x is on meta", x.to("meta"), device, width)
+    refused("bias is on meta but the weight on", x, device, width, bias[:17].to("meta"))
+    refused("bias is torch.int32", x, device, width, bias[:17].int())
+    refused(r"x has shape \(\) but the weight has k = 64", x[0, 0], device, width)
     refused("splits is 2 for 3 rows, k = 64: give 1 to 1", x, device, width,
             launch=gpu.Launch(8, 2, 2, 2))  # fmt: skip
+
+
+def test_a_weight_is_dequantized_as_asked_or_not_at_all(gpu, relaid) -> None:
+    dequantize = gpu.dequantize.dequantize
+    _, device = relaid(70, 288, 32)
+    width = _width(4)
+
+    def refused(words: str, *args) -> None:
+        with pytest.raises(ValueError, match=words):
+            dequantize(device, *args)
+
+    refused("width is torch.int64 with 1 elements: give one int32", width.long(), torch.float16)
+    refused("width is torch.int32 with 2 elements", width.repeat(2), torch.float16)
+    refused("width is on meta but the weight on", width.to("meta"), torch.float16)
+    refused("dtype is torch.float32: give bfloat16 or float16", width, torch.float32)
+    refused(r"rows \[1, 70\) of 70: .* a multiple of 64", width, torch.float16, 1)
+    refused(r"rows \[0, 71\) of 70: give some of them", width, torch.float16, 0, 71)
+    refused(r"rows \[64, 3\) of 70: give some of them", width, torch.float16, 64, 3)
+    assert dequantize(device, width, torch.float16, 64, 64).shape == (0, 288)
+    whole = dequantize(device, width, torch.bfloat16)
+    for bits in (-3, 0, 3):
+        assert torch.equal(dequantize(device, _width(bits), torch.bfloat16), whole)
+    top = dequantize(device, _width(8), torch.bfloat16)
+    table = torch.tensor([0, 99], dtype=torch.int32, device=DEVICE)
+    assert torch.equal(dequantize(device, table[1:], torch.bfloat16), top)
+    assert not torch.equal(top, whole)
 
 
 def test_bad_weights_say_what_to_do(gpu, make_weight) -> None:

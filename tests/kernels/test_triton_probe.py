@@ -143,6 +143,23 @@ def test_many_rows_and_strides(gpu, device, state) -> None:
     torch.testing.assert_close(long.cpu(), torch.tensor([1.7]).exp())
 
 
+def test_hidden_states_at_odd_addresses(gpu, device, state) -> None:
+    live = torch.ones(3, dtype=torch.bool, device=device)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x = _x(3).to(dtype).to(device)
+        want = gpu.probe(x, live, state)
+        for by in (1, 3):
+            moved = x.new_empty(x.numel() + by)[by:].view(x.shape).copy_(x)
+            assert torch.equal(gpu.probe(moved, live, state), want)
+
+
+def test_no_hidden_units_leave_the_bias(gpu, device, state) -> None:
+    state = replace(state, weight=state.weight[:0])
+    live = torch.ones(2, dtype=torch.bool, device=device)
+    scores = gpu.probe(torch.zeros(2, 0, device=device), live, state)
+    torch.testing.assert_close(scores, state.bias.exp().expand(2))
+
+
 def test_bad_inputs_say_what_to_do(gpu, device, state) -> None:
     x, live = _x(3).to(device), torch.ones(3, dtype=torch.bool, device=device)
 
@@ -155,9 +172,13 @@ def test_bad_inputs_say_what_to_do(gpu, device, state) -> None:
     refused(r"x has strides \(1, 3\): pass x.contiguous", x.T.contiguous().T)
     refused("x is on meta but the table on", x.to("meta"))
     refused(r"live is torch.int32 .* give a contiguous torch.bool \[3\]", live=live.int())
+    refused(r"live is .*strides \(2,\): give a contiguous", live=live.repeat(2)[::2])
+    refused(r"live is torch.bool \(2,\).* give .*\[3\]", live=live[:2])
+    refused("live is on meta but must be on", live=live.to("meta"))
     for words, changes in (
         ("kl is torch.float64", {"kl": state.kl.double()}),
         ("ladder is .* give .*\\[5, 7\\]", {"ladder": state.ladder[:4]}),
+        (r"weight is .*strides \(2,\): give a contiguous", {"weight": state.weight[::2]}),
         ("first is 8 of 7 layers: give 0 to 7", {"first": 8}),
         ("aggregate is 'median'", {"aggregate": "median"}),
         ("kl has no level", {"kl": state.kl[:0]}),

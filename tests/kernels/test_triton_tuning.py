@@ -19,9 +19,7 @@ TABLE = {"format": 1, "target": "sm_90", "dequantize_above": 200, "entries": [EN
 
 @pytest.fixture
 def tuning(gpu):
-    from flexquant_kernels.triton import tuning
-
-    return tuning
+    return gpu.tuning
 
 
 def _written(folder: Path, table: object) -> Path:

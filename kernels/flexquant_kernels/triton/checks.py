@@ -19,3 +19,14 @@ def check_tensor(
         )
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device} but must be on {device}: move it")
+
+
+def check_width(width: torch.Tensor, device: torch.device) -> None:
+    """Raises ValueError unless a width is one int32 on the device of its weight."""
+    if width.device != device:
+        raise ValueError(f"width is on {width.device} but the weight on {device}: move one")
+    if width.dtype != torch.int32 or width.numel() != 1:
+        raise ValueError(
+            f"width is {width.dtype} with {width.numel()} elements: give one int32, "
+            "an entry of the precision table"
+        )

@@ -186,8 +186,11 @@ class DecisionState:
         """Decide by other rules from the next step on.
 
         Raises:
-            ValueError: the aggregate is unknown.
+            ValueError: the aggregate is unknown, or a bound is no width.
         """
+        for name, bits in (("min_bits", rules.min_bits), ("max_bits", rules.max_bits)):
+            if not 0 <= bits < _WANTED:
+                raise ValueError(f"{name} is {bits}: give 0 to {_WANTED - 1}")
         if rules.aggregate not in AGGREGATES:
             raise ValueError(f"aggregate is {rules.aggregate!r}: give one of {AGGREGATES}")
         floats = (rules.entropy_low, rules.entropy_high, rules.hysteresis, rules.quantile)
@@ -206,13 +209,18 @@ class DecisionState:
         """Write the facts of a batch, in one copy.
 
         Raises:
-            ValueError: more rows than there is room for.
+            ValueError: more rows than there is room for, or a slot or a width that there is not.
         """
         if len(slots) > len(self.facts):
             raise ValueError(
                 f"the batch has {len(slots)} rows but there is room for {len(self.facts)}: "
                 "make the state for more rows"
             )
+        # the kernel would read whatever lies there
+        if max(slots, default=0) >= len(self.average):
+            raise ValueError(f"slot {max(slots)} is none: there are {len(self.average)}")
+        if max(floors, default=0) >= _WANTED:
+            raise ValueError(f"a floor is {max(floors)} bits: give 0 to {_WANTED - 1}")
         host = torch.tensor([[-1, 0, 0]], dtype=torch.int32).repeat(len(self.facts), 1)
         rows = list(zip(slots, map(int, prompt), floors, strict=True))
         host[: len(rows)] = torch.tensor(rows, dtype=torch.int32).reshape(-1, 3)
@@ -240,6 +248,8 @@ def make_state(
     Raises:
         ValueError: a tensor has another dtype, shape or device, or is not contiguous.
     """
+    if ladder.dim() != 2 or ladder.numel() == 0:
+        raise ValueError(f"ladder is {tuple(ladder.shape)}: give [levels, layers], one at least")
     levels, layers = ladder.shape
     for name, t, dtype, shape in (
         ("ladder", ladder, torch.int32, (levels, layers)),

@@ -10,9 +10,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .kernel import columns, excess, load_pairs, operand, parts, scale_and_offset
+from .checks import check_width
+from .kernel import columns, excess, is_last, load_pairs, operand, parts, scale_and_offset, width_of
 from .layout import PAD_ROWS, TILE_ROWS, DeviceWeight
 
+DTYPES = (torch.bfloat16, torch.float16)
 WARPS = 4
 
 
@@ -53,6 +55,35 @@ def _write(
         tl.store(place, weight.to(DTYPE), mask=(rows < N)[:, None] & (rk < K)[None, :])
 
 
+@triton.jit
+def _write_at_width(
+    width,
+    out_ptr,
+    planes,
+    scales_ptr,
+    zero,
+    rows,
+    block,
+    blocks,
+    sizes,
+    LAYOUT: tl.constexpr,
+    SET: tl.constexpr,
+    SHARED: tl.constexpr,
+    G: tl.constexpr,
+):
+    """``_write`` at the least width from the SET-th on that is enough, else the highest."""
+    WIDTH: tl.constexpr = width_of(LAYOUT, SET)
+    if is_last(LAYOUT, SET):  # noqa: SIM114 - known to the compiler, unlike the next
+        _write(out_ptr, planes, scales_ptr, zero, rows, block, blocks, sizes,
+               LAYOUT, WIDTH, SET, SHARED, G)  # fmt: skip
+    elif width <= WIDTH:
+        _write(out_ptr, planes, scales_ptr, zero, rows, block, blocks, sizes,
+               LAYOUT, WIDTH, SET, SHARED, G)  # fmt: skip
+    else:
+        _write_at_width(width, out_ptr, planes, scales_ptr, zero, rows, block, blocks, sizes,
+                        LAYOUT, SET + 1, SHARED, G)  # fmt: skip
+
+
 @triton.jit(
     do_not_specialize=["N", "blocks", "first", "top"],
     do_not_specialize_on_alignment=["width_ptr", "zero_ptr"],
@@ -85,44 +116,8 @@ def dequantize_kernel(
     block = tl.program_id(0)
     rows = first + tl.program_id(1) * BN + tl.arange(0, BN)
     sizes = (N, K, n_pad, first)
-    # fmt: off
-    if LAYOUT == 422:
-        if width <= 4:
-            _write(out_ptr, planes, scales_ptr, zero, rows, block, blocks, sizes,
-                   LAYOUT, 4, 0, SHARED, G)
-        elif width <= 6:
-            _write(out_ptr, planes, scales_ptr, zero, rows, block, blocks, sizes,
-                   LAYOUT, 6, 1, SHARED, G)
-        else:
-            _write(out_ptr, planes, scales_ptr, zero, rows, block, blocks, sizes,
-                   LAYOUT, 8, 2, SHARED, G)
-    elif LAYOUT == 224:
-        if width <= 2:
-            _write(out_ptr, planes, scales_ptr, zero, rows, block, blocks, sizes,
-                   LAYOUT, 2, 0, SHARED, G)
-        elif width <= 4:
-            _write(out_ptr, planes, scales_ptr, zero, rows, block, blocks, sizes,
-                   LAYOUT, 4, 1, SHARED, G)
-        else:
-            _write(out_ptr, planes, scales_ptr, zero, rows, block, blocks, sizes,
-                   LAYOUT, 8, 2, SHARED, G)
-    else:
-        if width <= 2:
-            _write(out_ptr, planes, scales_ptr, zero, rows, block, blocks, sizes,
-                   LAYOUT, 2, 0, SHARED, G)
-        elif width <= 3:
-            _write(out_ptr, planes, scales_ptr, zero, rows, block, blocks, sizes,
-                   LAYOUT, 3, 1, SHARED, G)
-        elif width <= 4:
-            _write(out_ptr, planes, scales_ptr, zero, rows, block, blocks, sizes,
-                   LAYOUT, 4, 2, SHARED, G)
-        elif width <= 6:
-            _write(out_ptr, planes, scales_ptr, zero, rows, block, blocks, sizes,
-                   LAYOUT, 6, 3, SHARED, G)
-        else:
-            _write(out_ptr, planes, scales_ptr, zero, rows, block, blocks, sizes,
-                   LAYOUT, 8, 4, SHARED, G)
-    # fmt: on
+    _write_at_width(width, out_ptr, planes, scales_ptr, zero, rows, block, blocks, sizes,
+                    LAYOUT, 0, SHARED, G)  # fmt: skip
 
 
 def dequantize(
@@ -137,9 +132,23 @@ def dequantize(
     Args:
         width: int32, one element, read on the device.
         first, last: rows; ``first`` a multiple of 64.
+
+    Raises:
+        ValueError: a width, dtype or range of rows that cannot be taken as it is.
     """
     last = weight.n if last is None else last
+    form = weight.form
+    check_width(width, weight.scales.device)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype}: give bfloat16 or float16")
+    if not 0 <= first <= last <= weight.n or first % PAD_ROWS:
+        raise ValueError(
+            f"rows [{first}, {last}) of {weight.n}: give some of them, the first a multiple of "
+            f"{PAD_ROWS}"
+        )
     out = torch.empty(last - first, weight.k, dtype=dtype, device=width.device)
+    if first == last:
+        return out
     blocks = weight.planes[0].shape[1]
     dequantize_kernel[(blocks, -(-(last - first) // PAD_ROWS))](
         *weight.five_planes(),
@@ -152,10 +161,10 @@ def dequantize(
         blocks,
         weight.planes[0].shape[0] * TILE_ROWS,
         first,
-        weight.widths[-1],
-        LAYOUT=weight.layout_digits,
-        SHARED=weight.shared,
-        G=weight.group_size,
+        form.widths[-1],
+        LAYOUT=form.digits,
+        SHARED=form.shared,
+        G=form.group_size,
         BN=PAD_ROWS,
         num_warps=WARPS,
     )

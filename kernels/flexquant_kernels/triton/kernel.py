@@ -315,6 +315,62 @@ def _product(
     return acc
 
 
+@triton.constexpr_function
+def width_of(layout, index):
+    """The width that the first planes give, from index 0."""
+    return sum(int(digit) for digit in str(layout)[: index + 1])
+
+
+@triton.constexpr_function
+def is_last(layout, index):
+    """Whether that is the highest width."""
+    return index + 1 == len(str(layout))
+
+
+@triton.jit
+def _at_width(
+    width,
+    x_ptr,
+    planes,
+    scales_ptr,
+    zero,
+    rows,
+    rm,
+    blocks,
+    of_split,
+    sizes,
+    LAYOUT: tl.constexpr,
+    SET: tl.constexpr,
+    SHARED: tl.constexpr,
+    G: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """``_product`` at the least width from the SET-th on that is enough, else the highest.
+
+    One body per width, so that each is unrolled; the branches are the same for all threads.
+    """
+    WIDTH: tl.constexpr = width_of(LAYOUT, SET)
+    if is_last(LAYOUT, SET):  # noqa: SIM114 - known to the compiler, unlike the next
+        acc = _product(
+            x_ptr, planes, scales_ptr, zero, rows, rm, blocks, of_split, sizes,
+            LAYOUT, WIDTH, SET, SHARED, G, EVEN_K, BM, BN, UPCAST,
+        )  # fmt: skip
+    elif width <= WIDTH:
+        acc = _product(
+            x_ptr, planes, scales_ptr, zero, rows, rm, blocks, of_split, sizes,
+            LAYOUT, WIDTH, SET, SHARED, G, EVEN_K, BM, BN, UPCAST,
+        )  # fmt: skip
+    else:
+        acc = _at_width(
+            width, x_ptr, planes, scales_ptr, zero, rows, rm, blocks, of_split, sizes,
+            LAYOUT, SET + 1, SHARED, G, EVEN_K, BM, BN, UPCAST,
+        )  # fmt: skip
+    return acc
+
+
 @triton.jit
 def _add_bias(acc, bias_ptr, rows, N, HAS_BIAS: tl.constexpr):
     if HAS_BIAS:
@@ -366,67 +422,10 @@ def linear_kernel(
     planes = (p0, p1, p2, p3, p4)
     of_split = (split * blocks // splits, (split + 1) * blocks // splits)
     sizes = (M, K, n_pad)
-    # One body per width, so that each is unrolled; the branch is the same for all threads.
-    # fmt: off
-    if LAYOUT == 422:
-        if width <= 4:
-            acc = _product(
-                x_ptr, planes, scales_ptr, zero, rows, rm, blocks, of_split, sizes,
-                LAYOUT, 4, 0, SHARED, G, EVEN_K, BM, BN, UPCAST,
-            )
-        elif width <= 6:
-            acc = _product(
-                x_ptr, planes, scales_ptr, zero, rows, rm, blocks, of_split, sizes,
-                LAYOUT, 6, 1, SHARED, G, EVEN_K, BM, BN, UPCAST,
-            )
-        else:
-            acc = _product(
-                x_ptr, planes, scales_ptr, zero, rows, rm, blocks, of_split, sizes,
-                LAYOUT, 8, 2, SHARED, G, EVEN_K, BM, BN, UPCAST,
-            )
-    elif LAYOUT == 224:
-        if width <= 2:
-            acc = _product(
-                x_ptr, planes, scales_ptr, zero, rows, rm, blocks, of_split, sizes,
-                LAYOUT, 2, 0, SHARED, G, EVEN_K, BM, BN, UPCAST,
-            )
-        elif width <= 4:
-            acc = _product(
-                x_ptr, planes, scales_ptr, zero, rows, rm, blocks, of_split, sizes,
-                LAYOUT, 4, 1, SHARED, G, EVEN_K, BM, BN, UPCAST,
-            )
-        else:
-            acc = _product(
-                x_ptr, planes, scales_ptr, zero, rows, rm, blocks, of_split, sizes,
-                LAYOUT, 8, 2, SHARED, G, EVEN_K, BM, BN, UPCAST,
-            )
-    else:
-        if width <= 2:
-            acc = _product(
-                x_ptr, planes, scales_ptr, zero, rows, rm, blocks, of_split, sizes,
-                LAYOUT, 2, 0, SHARED, G, EVEN_K, BM, BN, UPCAST,
-            )
-        elif width <= 3:
-            acc = _product(
-                x_ptr, planes, scales_ptr, zero, rows, rm, blocks, of_split, sizes,
-                LAYOUT, 3, 1, SHARED, G, EVEN_K, BM, BN, UPCAST,
-            )
-        elif width <= 4:
-            acc = _product(
-                x_ptr, planes, scales_ptr, zero, rows, rm, blocks, of_split, sizes,
-                LAYOUT, 4, 2, SHARED, G, EVEN_K, BM, BN, UPCAST,
-            )
-        elif width <= 6:
-            acc = _product(
-                x_ptr, planes, scales_ptr, zero, rows, rm, blocks, of_split, sizes,
-                LAYOUT, 6, 3, SHARED, G, EVEN_K, BM, BN, UPCAST,
-            )
-        else:
-            acc = _product(
-                x_ptr, planes, scales_ptr, zero, rows, rm, blocks, of_split, sizes,
-                LAYOUT, 8, 4, SHARED, G, EVEN_K, BM, BN, UPCAST,
-            )
-    # fmt: on
+    acc = _at_width(
+        width, x_ptr, planes, scales_ptr, zero, rows, rm, blocks, of_split, sizes,
+        LAYOUT, 0, SHARED, G, EVEN_K, BM, BN, UPCAST,
+    )  # fmt: skip
     mask = (rows < N)[:, None] & (rm < M)[None, :]
     target = out_ptr + rm.to(tl.int64)[None, :] * N + rows[:, None]
     if SPLIT:

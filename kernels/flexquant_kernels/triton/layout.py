@@ -32,6 +32,7 @@ memory, tiled as the planes are.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 
@@ -47,6 +48,32 @@ COUNTERS = 8
 
 _CHUNK_SHIFT = {4: (0, 0, 0, 0), 2: (0, 2, 0, 2), 1: (0, 2, 1, 3)}
 _ROWS_AT_A_TIME = 1 << 12
+
+
+class Form(NamedTuple):
+    """What a launch depends on: layout, planes that there are, sets of scales, and sizes."""
+
+    layout: tuple[int, ...]
+    planes: int
+    sets: int
+    group_size: int
+    n: int
+    k: int
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Those that the planes give, ascending."""
+        return tuple(accumulate(self.layout[: self.planes]))
+
+    @property
+    def shared(self) -> bool:
+        """Whether one pair of scale and offset serves all widths."""
+        return self.sets == 1 and len(self.layout) > 1
+
+    @property
+    def digits(self) -> int:
+        """As kernels know the layout: 422 for 4|2|2."""
+        return int("".join(map(str, self.layout)))
 
 
 @dataclass(frozen=True)
@@ -67,19 +94,16 @@ class DeviceWeight:
     k: int
 
     @property
+    def form(self) -> Form:
+        """All of it but the numbers."""
+        return Form(
+            self.layout, len(self.planes), self.scales.shape[0], self.group_size, self.n, self.k
+        )
+
+    @property
     def widths(self) -> tuple[int, ...]:
         """Those that its planes give, ascending."""
-        return tuple(accumulate(self.layout[: len(self.planes)]))
-
-    @property
-    def shared(self) -> bool:
-        """Whether one pair of scale and offset serves all widths."""
-        return self.scales.shape[0] == 1 and len(self.layout) > 1
-
-    @property
-    def layout_digits(self) -> int:
-        """As kernels know the layout: 422 for 4|2|2."""
-        return int("".join(map(str, self.layout)))
+        return self.form.widths
 
     def five_planes(self) -> list[torch.Tensor]:
         """As kernels take them; what the layout or the weight has not is not read."""

@@ -3,27 +3,30 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
 from ..gpu import processors, target_of
 from . import tuning
-from .dequantize import dequantize
+from .checks import check_width
+from .dequantize import DTYPES, dequantize
 from .kernel import INTERPRETED, linear_kernel
-from .layout import BLOCK_K, PAD_ROWS, TILE_ROWS, DeviceWeight
+from .layout import BLOCK_K, PAD_ROWS, DeviceWeight, Form, padded
 from .tuning import Launch
 
-DTYPES = (torch.bfloat16, torch.float16)
 BN = PAD_ROWS
 SLICE_WEIGHTS = 1 << 26
 """Weights dequantized at a time: 128 MiB."""
+
+_PLANS_KEPT = 1 << 14
 
 
 def _check(
     x: torch.Tensor, weight: DeviceWeight, width: torch.Tensor, bias: torch.Tensor | None
 ) -> None:
     device = weight.scales.device
-    for name, t in (("x", x), ("width", width), ("bias", bias)):
+    for name, t in (("x", x), ("bias", bias)):
         if t is not None and t.device != device:
             raise ValueError(f"{name} is on {t.device} but the weight on {device}: move one")
     if x.dtype not in DTYPES:
@@ -35,11 +38,7 @@ def _check(
         )
     if not x.is_contiguous():
         raise ValueError(f"x has strides {x.stride()}: pass x.contiguous()")
-    if width.dtype != torch.int32 or width.numel() != 1:
-        raise ValueError(
-            f"width is {width.dtype} with {width.numel()} elements: give one int32, "
-            "an entry of the precision table"
-        )
+    check_width(width, device)
     if bias is not None:
         if tuple(bias.shape) != (weight.n,) or not bias.is_floating_point():
             raise ValueError(
@@ -49,19 +48,15 @@ def _check(
             raise ValueError(f"bias has strides {bias.stride()}: pass bias.contiguous()")
 
 
+def _choose(rows: int, form: Form, device: torch.device) -> Launch | None:
+    target = target_of(device)
+    table = tuning.table_of(target)
+    return tuning.choose(table, form.layout, rows, form.n, form.k, target, processors(device))
+
+
 def choose_launch(rows: int, weight: DeviceWeight) -> Launch | None:
     """How the fused kernel is launched; None where the weight is dequantized first."""
-    device = weight.scales.device
-    target = target_of(device)
-    return tuning.choose(
-        tuning.table_of(target),
-        weight.layout,
-        rows,
-        weight.n,
-        weight.k,
-        target,
-        processors(device),
-    )
+    return _choose(rows, weight.form, weight.scales.device)
 
 
 def linear(
@@ -91,11 +86,24 @@ def linear(
     if out.numel() == 0:
         return out
     rows = x.numel() // weight.k
-    launch = launch or choose_launch(rows, weight)
-    if launch is None:
+    plan = _plan(rows, weight.form, bias is not None, launch, x.device)
+    if plan is None:
         dequantized_linear(x.view(rows, -1), weight, width, bias, out.view(rows, -1))
-    else:
-        _fused(x, rows, weight, width, bias, launch, out)
+        return out
+    partial = torch.empty(plan.partial, dtype=torch.float32, device=x.device) if plan.split else out
+    linear_kernel[plan.grid](
+        x,
+        *weight.five_planes(),
+        weight.scales.view(torch.int32),
+        width,
+        bias if bias is not None else out,
+        partial,
+        weight.counters,
+        weight.counters[-1:],
+        out,
+        *plan.numbers,
+        **plan.constants,
+    )
     return out
 
 
@@ -118,52 +126,58 @@ def dequantized_linear(
             torch.addmm(part, x, plain.T, out=out[:, first:last])
 
 
-def _fused(
-    x: torch.Tensor,
-    rows: int,
-    weight: DeviceWeight,
-    width: torch.Tensor,
-    bias: torch.Tensor | None,
-    launch: Launch,
-    out: torch.Tensor,
-) -> None:
-    splits, most = launch.splits, tuning.most_splits(rows, weight.k)
-    if not 1 <= splits <= most:
-        raise ValueError(f"splits is {splits} for {rows} rows, k = {weight.k}: give 1 to {most}")
-    n_pad = weight.planes[0].shape[0] * TILE_ROWS
-    partial = (
-        torch.empty(splits, rows, n_pad, dtype=torch.float32, device=x.device)
-        if splits > 1
-        else out
-    )
-    linear_kernel[(-(-rows // launch.block), n_pad // BN, splits)](
-        x,
-        *weight.five_planes(),
-        weight.scales.view(torch.int32),
-        width,
-        bias if bias is not None else out,
-        partial,
-        weight.counters,
-        weight.counters[-1:],
-        out,
-        rows,
-        weight.n,
-        weight.k,
-        weight.planes[0].shape[1],
-        n_pad,
-        weight.widths[-1],
-        LAYOUT=weight.layout_digits,
-        SHARED=weight.shared,
-        HAS_BIAS=bias is not None,
-        SPLIT=splits > 1,
-        G=weight.group_size,
-        EVEN_K=weight.k % BLOCK_K == 0,
-        BM=launch.block,
-        BN=BN,
-        UPCAST=INTERPRETED,
-        num_warps=launch.warps,
-        num_stages=launch.stages,
-        **tuning.compiler_options(launch.block, weight.group_size, target_of(x.device)),
+@dataclass(frozen=True)
+class _Plan:
+    """What the fused kernel is launched with, but for tensors.
+
+    partial: shape of the sums of K's parts, if it is split. numbers: M to top of the kernel.
+    """
+
+    grid: tuple[int, int, int]
+    partial: tuple[int, int, int]
+    numbers: tuple[int, ...]
+    constants: dict[str, int | bool]
+
+    @property
+    def split(self) -> bool:
+        return self.grid[2] > 1
+
+
+@lru_cache(_PLANS_KEPT)
+def _plan(
+    rows: int, form: Form, has_bias: bool, launch: Launch | None, device: torch.device
+) -> _Plan | None:
+    """The launch of the fused kernel, by table or heuristic if None is given; or None for none.
+
+    Raises:
+        ValueError: parts of K that do not fit.
+    """
+    n, k = form.n, form.k
+    launch = launch or _choose(rows, form, device)
+    if launch is None:
+        return None
+    most = tuning.most_splits(rows, k)
+    if not 1 <= launch.splits <= most:
+        raise ValueError(f"splits is {launch.splits} for {rows} rows, k = {k}: give 1 to {most}")
+    n_pad, k_pad = padded(n, k)
+    return _Plan(
+        (-(-rows // launch.block), n_pad // BN, launch.splits),
+        (launch.splits, rows, n_pad),
+        (rows, n, k, k_pad // BLOCK_K, n_pad, form.widths[-1]),
+        {
+            "LAYOUT": form.digits,
+            "SHARED": form.shared,
+            "HAS_BIAS": has_bias,
+            "SPLIT": launch.splits > 1,
+            "G": form.group_size,
+            "EVEN_K": k == k_pad,
+            "BM": launch.block,
+            "BN": BN,
+            "UPCAST": INTERPRETED,
+            "num_warps": launch.warps,
+            "num_stages": launch.stages,
+            **tuning.compiler_options(launch.block, form.group_size, target_of(device)),
+        },
     )
 
 
@@ -181,7 +195,7 @@ def warm_up_rows(layer: Layer, max_rows: int) -> Iterator[tuple[tuple, int]]:
     weight, seen = layer.weight, set()
     common = (
         weight.layout,
-        weight.shared,
+        weight.form.shared,
         weight.group_size,
         weight.k % BLOCK_K == 0,
         layer.dtype,
