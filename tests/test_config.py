@@ -9,8 +9,8 @@ from vllm_flexquant.config import (
     PROCESS_ENV,
     FlexQuantOptions,
     PolicyUpdate,
+    RequestClass,
     options_from_environment,
-    request_floor,
 )
 
 README = Path(__file__).parent.parent / "README.md"
@@ -26,7 +26,7 @@ README = Path(__file__).parent.parent / "README.md"
         ({"bits": 5}, "unknown option 'bits'; options are layout"),
         ({"group_size": 48}, "group size 48 is not supported; use 128, 64 or 32"),
         ({"min_bits": 6, "max_bits": 4}, "min_bits 6 is above max_bits 4"),
-        ({"width": 6}, "width 6 has no effect under policy entropy"),
+        ({"width": 6}, "width 6 has no effect under policy auto"),
         ({"policy": "static", "width": 6, "level": 3}, "width 6 and level 3 are both set"),
         ({"entropy_low": 3.0}, "entropy_low 3.0 is not below entropy_high 2.5"),
     ],
@@ -63,18 +63,18 @@ def test_update_pins_and_unpins():
         PolicyUpdate(width=5).apply(options)
 
 
-@pytest.mark.parametrize("value", [1, 9, "4", 4.0, True, None, [4]])
-def test_bad_floor_is_refused(value):
-    with pytest.raises(ValueError, match=r"flexquant_min_bits is .*; give an integer from 2 to 8"):
-        request_floor({"flexquant_min_bits": value})
-
-
-def test_floor_of_a_request():
-    assert request_floor(None) == 0
-    assert request_floor({"other": 1}) == 0
-    assert request_floor({"flexquant_min_bits": 6}) == 6
-    with pytest.raises(ValueError, match="unknown key 'flexquant_bits'"):
-        request_floor({"flexquant_bits": 6})
+def test_classes_come_as_json(monkeypatch):
+    monkeypatch.setenv("VLLM_FLEXQUANT_CLASSES", '{"gold": {"budget": 0.002}, "bulk": {}}')
+    monkeypatch.setenv("VLLM_FLEXQUANT_DEFAULT_CLASS", "bulk")
+    options = options_from_environment()
+    assert options.classes["gold"].budget == 0.002
+    assert options.classes["bulk"] == RequestClass()
+    monkeypatch.setenv("VLLM_FLEXQUANT_DEFAULT_CLASS", "silver")
+    with pytest.raises(ValueError, match=r"default_class silver is not one of .* gold, bulk"):
+        options_from_environment()
+    monkeypatch.setenv("VLLM_FLEXQUANT_CLASSES", "{gold")
+    with pytest.raises(ValueError, match=r"environment: option .classes. is .\{gold"):
+        options_from_environment()
 
 
 def test_readme_lists_every_option_and_variable():

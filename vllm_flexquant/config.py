@@ -14,6 +14,7 @@ A saved flexquant checkpoint fixes its own format options (`FORMAT_OPTIONS`).
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -42,17 +43,52 @@ PROCESS_ENV = {
 """Environment variables that are not options of an engine."""
 
 XARG_MIN_BITS = "flexquant_min_bits"
-"""The one `vllm_xargs` key of a request: no layer runs below it in the steps it is part of."""
+XARG_BUDGET = "flexquant_budget"
+XARG_CLASS = "flexquant_class"
+XARGS = {
+    XARG_MIN_BITS: "no layer runs below so many bits in the steps that the request is part of",
+    XARG_BUDGET: "mean KL that the request may cost, nats per token",
+    XARG_CLASS: "the operator's class whose promises it gets",
+}
+"""The `vllm_xargs` keys of a request."""
 
 LOWEST_BITS = 2
 
-Policy = Literal["entropy", "static", "manual"]
+Policy = Literal["auto", "budget", "entropy", "progressive", "static", "manual"]
+Signal = Literal["probe", "entropy", "both", "none"]
+PINNED = ("static", "manual")
+"""Policies whose level does not depend on the step."""
+
 Bits = Annotated[int, Field(ge=LOWEST_BITS, le=PARENT_BITS)]
+Nats = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Layout = Annotated[PlaneLayout, BeforeValidator(PlaneLayout.parse)]
 
 
 def _split(value: Any) -> Any:
     return [v.strip() for v in value.split(",") if v.strip()] if isinstance(value, str) else value
+
+
+def _from_json(value: Any) -> Any:
+    return json.loads(value) if isinstance(value, str) else value
+
+
+class RequestClass(BaseModel):
+    """What the operator promises to a class of requests.
+
+    budget: mean KL in nats per token, the engine's if None. min_bits: no layer runs below it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    budget: Nats | None = None
+    min_bits: Bits = LOWEST_BITS
+
+
+CLASSES = {
+    "exact": RequestClass(min_bits=PARENT_BITS),
+    "balanced": RequestClass(),
+    "fast": RequestClass(budget=0.1),
+}
 
 
 class FlexQuantOptions(BaseModel):
@@ -77,7 +113,38 @@ class FlexQuantOptions(BaseModel):
         True, description="check the hashes of a saved checkpoint before it is loaded"
     )
 
-    policy: Policy = Field("entropy", description="entropy, static or manual")
+    policy: Policy = Field(
+        "auto",
+        description="budget, entropy, progressive, static or manual; auto: budget for a calibrated "
+        "checkpoint, else entropy",
+    )
+    budget: Nats = Field(
+        0.02, description="mean KL per token under policy budget, nats; classes may have their own"
+    )
+    budget_horizon: int = Field(
+        256, ge=1, description="tokens of a class over which its mean is to meet its budget"
+    )
+    signal: Signal = Field(
+        "probe",
+        description="what tells policy budget what a token needs: probe, entropy (of the steps "
+        "before), both or none",
+    )
+    classes: Annotated[dict[str, RequestClass], BeforeValidator(_from_json)] = Field(
+        CLASSES,
+        description="classes of requests, a JSON object of objects with budget and min_bits",
+    )
+    default_class: str = Field(
+        "balanced", description="class of requests that name none, as `flexquant_class` would"
+    )
+    progressive_tokens: int = Field(
+        256, ge=1, description="tokens over which policy progressive lowers an answer's level"
+    )
+    progressive_full: int = Field(
+        16, ge=0, description="first tokens of an answer at the best level, under progressive"
+    )
+    progressive_bits: float = Field(
+        LOWEST_BITS, description="mean bits at which policy progressive ends"
+    )
     width: Bits | None = Field(
         None, description="bits of every layer under static and manual (default: all bits)"
     )
@@ -91,7 +158,7 @@ class FlexQuantOptions(BaseModel):
         description="width of steps that hold prompt tokens: all bits, or as the policy says",
     )
     aggregate: Literal["mean", "quantile", "max"] = Field(
-        "mean", description="how the entropies of the running batch become one"
+        "mean", description="how what the rows of the running batch need becomes one need"
     )
     quantile: float = Field(0.9, ge=0, le=1, description="which one, under aggregate=quantile")
     entropy_low: float = Field(
@@ -137,11 +204,16 @@ class FlexQuantOptions(BaseModel):
                 f"width {self.width} is not in layout {self.layout}; "
                 f"it has {', '.join(map(str, self.layout.widths))}"
             )
-        if self.policy == "entropy" and (self.width is not None or self.level is not None):
+        if self.policy not in PINNED and (self.width is not None or self.level is not None):
             pinned = "width" if self.width is not None else "level"
             raise ValueError(
-                f"{pinned} {getattr(self, pinned)} has no effect under policy entropy; "
+                f"{pinned} {getattr(self, pinned)} has no effect under policy {self.policy}; "
                 "set policy to static or manual, or use min_bits and max_bits"
+            )
+        if self.default_class not in self.classes:
+            raise ValueError(
+                f"default_class {self.default_class} is not one of the classes, which are "
+                f"{', '.join(self.classes) or 'none'}"
             )
         return self
 
@@ -204,6 +276,9 @@ class PolicyUpdate(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     policy: Policy | None = None
+    budget: Nats | None = None
+    budget_horizon: int | None = Field(None, ge=1)
+    signal: Signal | None = None
     width: Bits | None = None
     level: int | None = Field(None, ge=0)
     min_bits: Bits | None = None
@@ -216,6 +291,9 @@ class PolicyUpdate(BaseModel):
     entropy_decay: float | None = Field(None, ge=0, lt=1)
     hysteresis: float | None = Field(None, ge=0, le=1)
     dwell: int | None = Field(None, ge=1)
+    progressive_tokens: int | None = Field(None, ge=1)
+    progressive_full: int | None = Field(None, ge=0)
+    progressive_bits: float | None = None
 
     @classmethod
     def read(cls, changes: Mapping[str, Any]) -> PolicyUpdate:
@@ -245,33 +323,6 @@ class PolicyUpdate(BaseModel):
             changes.setdefault("policy", "manual")
             changes.setdefault("width", None)
             changes.setdefault("level", None)
-        elif changes.get("policy") == "entropy":
+        elif changes.get("policy", "manual") not in PINNED:
             changes |= {"width": None, "level": None}
         return options.updated(changes, "request")
-
-
-def request_floor(extra_args: Mapping[str, Any] | None) -> int:
-    """The lowest width in bits that a request asks for (0 if it asks for none).
-
-    Args:
-        extra_args: `SamplingParams.extra_args`, which vLLM fills from `vllm_xargs`.
-
-    Raises:
-        ValueError: an unknown `flexquant_` key or a width that is not an integer from 2 to 8.
-    """
-    if not extra_args:
-        return 0
-    for key in extra_args:
-        if key.startswith("flexquant_") and key != XARG_MIN_BITS:
-            raise ValueError(f"vllm_xargs: unknown key '{key}'; known is {XARG_MIN_BITS}")
-    bits = extra_args.get(XARG_MIN_BITS, 0)
-    if XARG_MIN_BITS in extra_args and (
-        not isinstance(bits, int)
-        or isinstance(bits, bool)
-        or not LOWEST_BITS <= bits <= PARENT_BITS
-    ):
-        raise ValueError(
-            f"vllm_xargs: {XARG_MIN_BITS} is {bits!r}; "
-            f"give an integer from {LOWEST_BITS} to {PARENT_BITS}"
-        )
-    return bits

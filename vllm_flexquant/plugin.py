@@ -65,6 +65,7 @@ def prepare_engine_config(config: VllmConfig) -> None:
     from vllm.logger import init_logger
 
     from flexquant_kernels import ops
+    from vllm_flexquant.policy import promise
     from vllm_flexquant.runtime import logits_processor
     from vllm_flexquant.runtime.worker import WORKERS, FlexWorkerMixin
 
@@ -78,6 +79,7 @@ def prepare_engine_config(config: VllmConfig) -> None:
             f'as in {{"{METHOD}": {{"policy": "static"}}}}'
         )
     quant_config.apply_options(given, f"--additional-config {METHOD}")
+    promise.announce(quant_config.options.classes)
     # vLLM's compile cache knows nothing of plugins; this puts what shapes the graph into its key
     options = quant_config.options
     graph = {

@@ -161,9 +161,10 @@ class TeacherForcing(LogitsProcessor):
         columns = torch.tensor(wanted, device=logits.device)
         nll = -served.gather(1, columns.unsqueeze(1)).squeeze(1)
         nll_reference = -reference.gather(1, columns.unsqueeze(1)).squeeze(1)
-        measured = (kl.tolist(), same.tolist(), nll.tolist(), nll_reference.tolist())
+        top = reference.amax(-1).exp()
+        measured = (kl.tolist(), same.tolist(), nll.tolist(), nll_reference.tolist(), top.tolist())
         for (_, request, position), *values in zip(active, *measured, strict=True):
-            names = ("kl", "top1", "nll", "nll_reference")
+            names = ("kl", "top1", "nll", "nll_reference", "reference_top")
             line = {"run": request.run, "id": request.id, "position": position}
             self._record.write(json.dumps(line | dict(zip(names, values, strict=True))) + "\n")
         self._record.flush()

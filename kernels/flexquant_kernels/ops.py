@@ -30,6 +30,9 @@ NATIVE_LAYOUTS: frozenset[tuple[int, ...]] = frozenset({(4, 2, 2), (2, 2, 4), (2
 NATIVE_DTYPES: frozenset[torch.dtype] = frozenset({torch.float32, torch.bfloat16, torch.float16})
 TRITON_DTYPES: frozenset[torch.dtype] = frozenset({torch.bfloat16, torch.float16})
 
+INT8_KERNELS = "cpu_"
+"""How the names of kernels begin that quantize activations to int8."""
+
 _LINEAR_SIGNATURE = (
     "(Tensor x, Tensor[] planes, Tensor scales, Tensor width, Tensor? bias, int[] layout, "
     "int group_size, int out_features, int tile) -> Tensor"
@@ -332,7 +335,7 @@ def dispatch(
     if device.type == "cpu":
         status = native_status()
         missing = None if status.loaded else status.reason
-        name, tile, dtypes = f"cpu_{status.isa}", TILE, NATIVE_DTYPES
+        name, tile, dtypes = f"{INT8_KERNELS}{status.isa}", TILE, NATIVE_DTYPES
         reason = f"{status.isa} {what}"
     elif device.type == "cuda":
         if device.index is None and torch.cuda.is_available():

@@ -4,14 +4,15 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
-import torch
 import workers
 
 from benchmarks.quality.engine import agreement, decode
 from benchmarks.quality.sequences import read_records, scored
 from vllm_flexquant.config import FlexQuantOptions
-from vllm_flexquant.runtime.policy import Decision, StepSignals, make_policy
+from vllm_flexquant.policy.choose import make_policy
+from vllm_flexquant.policy.decision import Decision, StepSignals
 
 PROMPTS = [
     "The capital of France is",
@@ -83,17 +84,19 @@ def test_kernels_use_at_each_step_the_widths_decided_after_the_step_before(fresh
     assert len({tuple(record["widths"]) for record in steps}) > 5
 
     options = FlexQuantOptions()
-    policy = make_policy(options, view["levels"])
+    policy = make_policy(options, view["ladder"]["mean_bits"])
     decay = options.entropy_decay
-    last = Decision(torch.tensor([steps[0]["level"]], dtype=torch.int32), torch.zeros(1))
+    last = Decision(np.array([steps[0]["level"]], dtype=np.int32), np.zeros(1, dtype=np.int32))
     average = None
     for before, now in itertools.pairwise(steps):
         newest = before["entropy"][0]
         average = newest if average is None else decay * average + (1 - decay) * newest
         assert now["average"][0] == pytest.approx(average, rel=1e-5)
-        signals = StepSignals(torch.tensor(now["average"]), torch.tensor([True]))
+        signals = StepSignals(
+            np.array(now["average"], dtype=np.float32), np.array([True]), np.array([0])
+        )
         last = policy.decide(signals, last)
-        assert now["level"] == int(last.level)
+        assert now["level"] == last.level.item()
 
 
 def test_entropy_is_that_of_the_logits(fresh, greedy):

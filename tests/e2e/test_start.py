@@ -195,6 +195,42 @@ def test_tensor_parallel_ranks_agree(smollm2, tmp_path, greedy_tokens, monkeypat
     assert shapes["model.layers.0.mlp.down_proj"] == [128, 256 // 2]
 
 
+def exact_beside_others_is_as_if_pinned(llm, record):
+    """Also: the probe decides within the step, and both ranks decide the same."""
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+
+    def asking(count, **wishes):
+        return SamplingParams(
+            temperature=0.0,
+            max_tokens=count,
+            ignore_eos=True,
+            extra_args={f"flexquant_{name}": value for name, value in wishes.items()},
+        )
+
+    exact = asking(24, **{"class": "exact"})
+    rungs = record.ladder.rungs
+    budget = rungs[len(rungs) // 2].kl_nats + record.int8_activations[0]
+    llm.collective_rpc("flexquant_trace", args=(True,))
+    beside = llm.generate([*PROMPTS, *PROMPTS], [exact] * 2 + [asking(48, budget=budget)] * 2)
+    traces = llm.collective_rpc("flexquant_trace", args=(True,))
+    assert traces[0] == traces[1]
+    together, alone = traces[0][5:20], traces[0][-20:]
+    assert [set(step["widths"]) for step in together] == [{8}] * 15
+    assert all(min(step["widths"]) < 8 for step in alone)
+    assert len({tuple(step["scores"]) for step in alone}) > 10
+    assert any(step["first_level"] != step["level"] for step in alone)
+    for status in llm.collective_rpc("flexquant_status"):
+        accounts = status["budget"]["classes"]
+        own = accounts[f"budget {budget:g}"]
+        assert (accounts["exact"]["tokens"], own["tokens"]) == (2 * 23, 2 * 47)
+        assert accounts["exact"]["booked_nats"] < own["booked_nats"] < 2 * budget
+    with pytest.raises(VLLMValidationError, match=r"flexquant_class is 'golden'; .* has exact"):
+        llm.generate(PROMPTS[:1], asking(1, **{"class": "golden"}))
+    pin(llm, width=8)
+    assert tokens(llm.generate(PROMPTS, exact)) == tokens(beside[:2])
+
+
 def test_a_calibrated_checkpoint_brings_its_ladder_to_all_ranks(
     smollm2, tmp_path, greedy_tokens, monkeypatch
 ):
@@ -210,6 +246,9 @@ def test_a_calibrated_checkpoint_brings_its_ladder_to_all_ranks(
             assert status["ladder"]["source"] == "KL on text.txt (greedy)"
             assert status["ladder"]["kl_nats"] == [rung.kl_nats for rung in rungs]
             assert status["ladder"]["mean_bits"] == pytest.approx([r.mean_bits for r in rungs])
+            assert status["options"]["policy"] == "budget"
+            assert status["budget"]["probe"] == record.probe.layer
+        exact_beside_others_is_as_if_pinned(llm, record)
         level = len(rungs) // 2
         pin(llm, level=level)
         llm.generate(PROMPTS, greedy_tokens)

@@ -61,8 +61,8 @@ def _beside(gpu, device, made: Controller):
         ROWS,
     )
     state.adopt(_rules(gpu, made.options))
-    state.level.copy_(made.last.level)
-    state.held.copy_(made.last.held)
+    state.level.copy_(torch.from_numpy(made.last.level))
+    state.held.copy_(torch.from_numpy(made.last.held))
     return state
 
 
@@ -86,11 +86,14 @@ def _steps(gpu, device, pick: random.Random, made: Controller, steps: int) -> No
         slots = pick.sample(range(SLOTS), rows)
         prompt = [pick.random() < 0.15 for _ in slots]
         floors = [pick.choice([0, 0, 0, 2, 3, 4, 5, 6, 7, 8]) for _ in slots]
-        made.before_forward(Batch([str(s) for s in slots], slots, prompt, prompt, floors))
+        for slot, bits in zip(slots, floors, strict=True):
+            made.admit(slot, {"flexquant_min_bits": bits} if bits else None)
+        names, nothing = [str(s) for s in slots], [0] * rows
+        made.before_forward(Batch(names, slots, prompt, prompt, nothing, nothing))
         state.announce(slots, prompt, floors)
         gpu.decide(state)
-        assert int(state.level) == int(made.last.level)
-        assert int(state.held) == int(made.last.held)
+        assert int(state.level) == made.last.level.item()
+        assert int(state.held) == made.last.held.item()
         layers = len(made.table.layers)
         assert state.table[:layers].tolist() == made.table.widths.tolist()
         assert state.table[layers:].tolist() == [-7, -7]

@@ -37,15 +37,24 @@ def controller(tops=(8,) * LAYERS, **options):
     return made
 
 
-def batch(ids="a", prompt=None, discarded=None, floors=None):
+def batch(ids="a", prompt=None, discarded=None):
     n = len(ids)
     return Batch(
         list(ids),
         [ord(i) - ord("a") for i in ids],
         prompt or [False] * n,
         discarded or [False] * n,
-        floors or [0] * n,
+        list(range(n)),
+        [0] * n,
     )
+
+
+def step_with_floors(made, ids, floors):
+    for slot, bits in enumerate(floors):
+        made.admit(slot, {"flexquant_min_bits": bits} if bits else None)
+    made.before_forward(batch(ids))
+    for slot in range(len(floors)):
+        made.admit(slot, None)
 
 
 def logits(*temperatures):
@@ -66,7 +75,7 @@ def test_a_pruned_layer_never_runs_above_what_it_has():
         made.update({"width": width})
         assert widths(made) == list(expected)
     made.update({"width": 4})
-    made.before_forward(batch("a", floors=[8]))
+    step_with_floors(made, "a", [8])
     assert widths(made) == list(tops)
     assert [layer["widths"] for layer in made.status()["layers"]][1:3] == [[4, 6], [4]]
     assert len(made.ladder) == 1 + 2 + 1 + 0 + 1 + 2
@@ -109,11 +118,11 @@ def test_pins_bounds_and_floors():
     made = controller()
     made.update({"width": 4})
     assert widths(made) == [4] * LAYERS
-    made.before_forward(batch("ab", floors=[0, 6]))
+    step_with_floors(made, "ab", [0, 6])
     assert widths(made) == [6] * LAYERS  # a floor that was promised wins over the pin
     made.before_forward(batch("a"))
     assert widths(made) == [4] * LAYERS
-    made.before_forward(batch("a", floors=[5]))
+    step_with_floors(made, "a", [5])
     assert widths(made) == [6] * LAYERS  # the next width of the layout
     made.update({"policy": "entropy", "min_bits": 5, "max_bits": 7})
     made.after_logits(torch.tensor([[50.0, 0.0]]))
@@ -191,7 +200,7 @@ def test_a_pinned_table_follows_floors_and_the_operator_and_is_else_left_alone()
     version = made.table.tensor._version
     made.before_forward(batch("a"))
     assert made.table.tensor._version == version
-    made.before_forward(batch("ab", floors=[0, 6]))
+    step_with_floors(made, "ab", [0, 6])
     assert set(widths(made)) == {6}
     made.before_forward(batch("a"))
     assert set(widths(made)) == {4}
@@ -199,7 +208,7 @@ def test_a_pinned_table_follows_floors_and_the_operator_and_is_else_left_alone()
     made.before_forward(batch("a"))
     assert set(widths(made)) == {8}
     made.update({"policy": "entropy"})
-    made.before_forward(batch("ab", floors=[0, 6]))
+    step_with_floors(made, "ab", [0, 6])
     made.update({"width": 4})
     made.before_forward(batch("a"))
     assert set(widths(made)) == {4}

@@ -24,6 +24,8 @@ FIELDS = (
     "req_ids",
     "num_reqs",
     "idx_mapping_np",
+    "query_start_loc_np",
+    "num_computed_tokens_np",
     "num_scheduled_tokens",
     "prefill_len_np",
     "num_computed_prefill_tokens_np",
@@ -60,6 +62,8 @@ def batch(slots, computed, scheduled, prefill):
         num_scheduled_tokens=np.array(scheduled),
         prefill_len_np=prefill,
         num_computed_prefill_tokens_np=computed,
+        num_computed_tokens_np=computed,
+        query_start_loc_np=np.cumsum([0, *scheduled]),
         is_prefilling_np=computed < prefill,
     )
 
@@ -102,10 +106,17 @@ def test_v2_batches_reach_the_controller(controller):
     assert controller.sequences.seen[2]
 
 
-def test_a_bad_floor_that_no_one_checked_runs_at_all_bits():
-    assert hooks._floor(SamplingParams(extra_args={"flexquant_min_bits": 6})) == 6
-    assert hooks._floor(SamplingParams(extra_args={"flexquant_min_bits": 60})) == 8
-    assert hooks._floor(None) == 0
+def test_a_bad_promise_that_no_one_checked_runs_at_all_bits(controller):
+    def floor(params):
+        hooks.admit(controller, 0, params)
+        return controller.held[0].floor
+
+    assert floor(SamplingParams(extra_args={"flexquant_min_bits": 6})) == 6
+    assert floor(SamplingParams(extra_args={"flexquant_min_bits": 60})) == 8
+    assert floor(SamplingParams(extra_args={"flexquant_class": "golden"})) == 8
+    assert floor(SamplingParams(extra_args={"flexquant_class": "exact"})) == 8
+    assert floor(SamplingParams(extra_args={"flexquant_class": "fast"})) == 2
+    assert floor(None) == 2
 
 
 def test_v2_warm_up_batches_are_not_steps(controller):

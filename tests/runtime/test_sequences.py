@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import numpy as np
 import torch
 
 from vllm_flexquant.runtime.sequences import SequenceEntropy, SlotBook
@@ -28,7 +29,7 @@ def test_preempted_requests_give_way_when_slots_run_out():
 
 
 def update(state, values, slots, decay=0.5, drafted=False):
-    state.update(torch.tensor(values), torch.tensor(slots), decay, drafted)
+    state.update(np.array(values, dtype=np.float32), np.array(slots), decay, drafted)
 
 
 def test_average_starts_with_the_first_entropy_and_decays():

@@ -97,14 +97,34 @@ class ProbeRecord(_Part):
     candidates: dict[str, float] = {}
 
 
+class NeedRecord(_Part):
+    """What entropy tells of a token's need, its KL over that of the average token.
+
+    by_entropy: mean need of the tokens whose own logits have an entropy in each bin of `bin_nats`,
+    the last one open; by_average: of those whose sequence has an average before them in the bin,
+    with weight `decay` of the past.
+    """
+
+    bin_nats: float = Field(gt=0)
+    by_entropy: tuple[float, ...] = Field(min_length=1)
+    by_average: tuple[float, ...] = Field(min_length=1)
+    decay: float = 0.5
+
+
 class CalibrationRecord(_Part):
-    """All that calibration found, and on which text (`text`, with its sha256)."""
+    """All that calibration found, and on which text (`text`, with its sha256).
+
+    `int8_activations`: KL in nats per token that the CPU kernels' int8 activations add, and its
+    standard error.
+    """
 
     text: dict[str, Any] = {}
     units: tuple[UnitRecord, ...] = ()
     uniform_kl: dict[int, tuple[float, float]] = {}
     ladder: LadderRecord | None = None
     probe: ProbeRecord | None = None
+    need: NeedRecord | None = None
+    int8_activations: tuple[float, float] | None = None
 
     @model_validator(mode="after")
     def _units_exist(self) -> CalibrationRecord:

@@ -214,7 +214,7 @@ class BlockModel:
 
             return hook
 
-        with _hooked(self.linears(index), note):
+        with hooked(self.linears(index), note):
             self.run(index, hidden)
         return [
             Unit(
@@ -243,15 +243,17 @@ class BlockModel:
                 return None
             return lambda _, args: hook(first[name], args[0])
 
-        with _hooked(self.linears(index), note):
+        with hooked(self.linears(index), note):
             yield
 
 
 @contextmanager
-def _hooked(
+def hooked(
     layers: Sequence[tuple[str, torch.nn.Linear]],
-    make: Callable[[str, torch.nn.Linear], Callable[..., None] | None],
+    make: Callable[[str, torch.nn.Linear], Callable[..., Any] | None],
 ) -> Iterator[None]:
+    """Has the hook that `make` returns for a layer, if any, called before the layer runs; what a
+    hook returns takes the place of the layer's arguments."""
     handles = []
     for name, layer in layers:
         if hook := make(name, layer):

@@ -25,6 +25,7 @@ from vllm_flexquant.format.layout import ScaleMode
 from vllm_flexquant.format.record import (
     CalibrationRecord,
     LadderRecord,
+    NeedRecord,
     ProbeRecord,
     RungRecord,
     StepRecord,
@@ -38,8 +39,10 @@ from vllm_flexquant.quantize import (
     search,
     sensitivity,
 )
+from vllm_flexquant.quantize.activations import int8_activations_kl
 from vllm_flexquant.quantize.blocks import BlockModel, Unit
 from vllm_flexquant.quantize.cost import KernelTimes, read_kernel_times
+from vllm_flexquant.quantize.need import need_of_entropy
 from vllm_flexquant.quantize.pipeline import (
     Rounded,
     check_paths,
@@ -71,6 +74,9 @@ and rungs measured: what is measured for many choices makes do with less text.""
 
 PROBE_FIT_SHARE = 0.5
 """Share of the calibrating sequences that the probe is fitted to. All held back judge it."""
+
+INT8_SHARE = 0.25
+"""Share of the held-back sequences on which the cost of int8 activations is measured."""
 
 PROBE_LEVEL = 0.25
 """The lower of the two levels that the probe is fitted on and judged by, as a share of the way from
@@ -295,7 +301,7 @@ class _Run:
                 steps=tuple(StepRecord(unit=number[s.unit], width=s.width) for s in steps),
                 rungs=rungs,
             ),
-            probe=self._probe(steps, rungs),
+            **self._signals(steps, rungs),
         )
 
     def _round_output(self) -> None:
@@ -426,13 +432,12 @@ class _Run:
         )
         return uniform, by_steps
 
-    def _probe(
-        self, steps: Sequence[search.Step], rungs: Sequence[RungRecord]
-    ) -> ProbeRecord | None:
-        stored = self.work.read_json("probe")
+    def _signals(self, steps: Sequence[search.Step], rungs: Sequence[RungRecord]) -> dict[str, Any]:
+        """Fields of the record that tell what a token needs, and what int8 activations cost."""
+        stored = self.work.read_json("signals")
         blocks = [i for i in probe.candidates(len(self.model)) if self.blocks[i]]
         if not blocks:
-            return None
+            return {}
         if stored is None:
             bits = [rung.mean_bits for rung in rungs]
             wanted = bits[-1] + PROBE_LEVEL * (bits[0] - bits[-1])
@@ -442,18 +447,24 @@ class _Run:
             fitted = _evenly(self.tokens.fit, PROBE_FIT_SHARE)
             tokens = torch.cat([fitted, self.tokens.held_back])
             with self.stage("probe") as report:
-                kl = self.workers.divergence(
-                    self.nested, tokens, [low, high], lambda share: report(share * 0.7)
+                kl, entropy = self.workers.divergence(
+                    self.nested, tokens, [low, high], lambda share: report(share * 0.7), True
                 )
                 found = probe.ProbeFit(kl[0], kl[1], torch.arange(tokens.numel()) < fitted.numel())
-                probes = []
+                probes, best = [], None
                 for index, given in probe.inputs_of_blocks(self.nested, tokens, low, blocks):
                     probes.append(found.probe(index, given))
+                    if best is None or probes[-1].relative_kl < best.relative_kl:
+                        best = found.tempered(probes[-1], given)
                     report(0.7 + 0.3 * len(probes) / len(blocks))
-            best = min(probes, key=lambda p: p.relative_kl)
+                need = need_of_entropy(kl[0], entropy[0], tokens.shape[1])
+                rounding = int8_activations_kl(
+                    self.nested, self._held_back(INT8_SHARE), high, self.options.group_size
+                )
+            assert best is not None
             names = {i: self.blocks[i][0].name for i in blocks}
             top = len(rungs) - 1
-            stored = ProbeRecord(
+            record = ProbeRecord(
                 layer=names[best.block],
                 weight=tuple(best.weight.tolist()),
                 bias=best.bias,
@@ -461,9 +472,18 @@ class _Run:
                 relative_kl=best.relative_kl,
                 correlation=best.correlation,
                 candidates={names[p.block]: p.relative_kl for p in probes},
-            ).model_dump(mode="json")
-            self.work.write_json("probe", stored)
-        return ProbeRecord.model_validate(stored)
+            )
+            stored = {
+                "probe": record.model_dump(mode="json"),
+                "need": need.model_dump(mode="json"),
+                "int8_activations": rounding,
+            }
+            self.work.write_json("signals", stored)
+        return {
+            "probe": ProbeRecord.model_validate(stored["probe"]),
+            "need": NeedRecord.model_validate(stored["need"]),
+            "int8_activations": tuple(stored["int8_activations"]),
+        }
 
 
 def _evenly(sequences: torch.Tensor, share: float) -> torch.Tensor:

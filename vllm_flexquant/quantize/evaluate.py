@@ -64,12 +64,14 @@ def divergence(
     tokens: torch.Tensor,
     choices: Sequence[Widths],
     advance: Advance | None = None,
+    with_entropy: bool = False,
 ) -> torch.Tensor:
     """KL(reference || choice) in nats of every token, fp32 [choices, sequences * length].
 
     Args:
         tokens: int64 [sequences, length].
         choices: widths of units; `{}` is the reference itself.
+        with_entropy: also the entropy of the choice, in nats: [2, choices, sequences * length].
     """
     batches = cut(tokens)
     everything = [{}, *choices]
@@ -80,7 +82,7 @@ def divergence(
             groups = _through_block(nested, index, batches, everything, groups)
             if advance:
                 advance(index + 1)
-        return _compare(nested, batches, everything, groups)
+        return _compare(nested, batches, everything, groups, with_entropy)
 
 
 def cut(tokens: torch.Tensor) -> list[torch.Tensor]:
@@ -147,6 +149,7 @@ def _compare(
     batches: Sequence[torch.Tensor],
     choices: Sequence[Widths],
     groups: Sequence[_Shared],
+    with_entropy: bool,
 ) -> torch.Tensor:
     model = nested.model
     result: list[list[torch.Tensor]] = [[] for _ in choices]
@@ -167,10 +170,13 @@ def _compare(
                         served = _log_softmax(
                             model, batch[rows], group.hidden[b][rows], outputs[width]
                         )
-                        kl = (probability * (truth - served)).sum(-1)
-                        done[width] = kl.flatten().cpu()
+                        found = [(probability * (truth - served)).sum(-1)]
+                        if with_entropy:
+                            found.append(-(served.exp() * served).sum(-1))
+                        done[width] = torch.stack(found).flatten(1).cpu()
                     result[member].append(done[width])
-    return torch.stack([torch.cat(parts) for parts in result[1:]])
+    every = torch.stack([torch.cat(parts, 1) for parts in result[1:]], 1)
+    return every if with_entropy else every[0]
 
 
 def _log_softmax(

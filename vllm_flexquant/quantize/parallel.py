@@ -83,6 +83,7 @@ class Workers(Protocol):
         tokens: torch.Tensor,
         choices: Sequence[Widths],
         report: Report,
+        with_entropy: bool = False,
     ) -> torch.Tensor:
         """As `evaluate.divergence`."""
 
@@ -140,9 +141,12 @@ class Local:
         tokens: torch.Tensor,
         choices: Sequence[Widths],
         report: Report,
+        with_entropy: bool = False,
     ) -> torch.Tensor:
         blocks = len(nested.model)
-        return evaluate.divergence(nested, tokens, choices, lambda i: report(i / blocks))
+        return evaluate.divergence(
+            nested, tokens, choices, lambda i: report(i / blocks), with_entropy
+        )
 
 
 @dataclass(frozen=True)
@@ -228,6 +232,7 @@ class OnRay:
         tokens: torch.Tensor,
         choices: Sequence[Widths],
         report: Report,
+        with_entropy: bool = False,
     ) -> torch.Tensor:
         recipe = _Recipe.of(nested)
         _, slots, _ = self._claim(recipe.device, self.place.threads)
@@ -235,12 +240,15 @@ class OnRay:
         texts = [torch.cat(part) for part in _spread(evaluate.cut(tokens), wanted)]
         groups = group_choices(choices, nested.units, -(-wanted // len(texts)))
         items = [
-            (recipe, text, [dict(choices[i]) for i in group]) for group in groups for text in texts
+            (recipe, text, [dict(choices[i]) for i in group], with_entropy)
+            for group in groups
+            for text in texts
         ]
         found = iter(self._run(_divergence, items, recipe.device, report))
-        result = torch.empty(len(choices), tokens.numel())
+        both = (2,) if with_entropy else ()
+        result = torch.empty(*both, len(choices), tokens.numel())
         for group in groups:
-            result[group] = torch.cat([next(found) for _ in texts], dim=1)
+            result[..., group, :] = torch.cat([next(found) for _ in texts], dim=-1)
         return result
 
     def _claim(self, device: str, threads: int) -> tuple[dict[str, float], int, list[str]]:
@@ -460,6 +468,11 @@ def _terms(
 
 
 def _divergence(
-    place: _Place, recipe: _Recipe, tokens: torch.Tensor, choices: Sequence[Widths]
+    place: _Place,
+    recipe: _Recipe,
+    tokens: torch.Tensor,
+    choices: Sequence[Widths],
+    with_entropy: bool,
 ) -> torch.Tensor:
-    return evaluate.divergence(_nested(place, recipe), tokens, choices)
+    nested = _nested(place, recipe)
+    return evaluate.divergence(nested, tokens, choices, with_entropy=with_entropy)

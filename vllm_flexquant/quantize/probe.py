@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -38,6 +38,12 @@ _STEPS = 30
 _ENOUGH = 1e-5
 _LEAST_STEP = 1e-3
 """Most steps of gamma regression, the gain in deviance below which it ends, the shortest step."""
+
+_PARTS = 4
+"""Of the fitted tokens, for `ProbeFit.tempered`."""
+
+_TEMPERS = tuple(n / 20 for n in range(4, 21))
+"""Powers of the score that are tried."""
 
 _BATCH_TOKENS = 2048
 
@@ -133,22 +139,54 @@ class ProbeFit:
         Of the ridges tried, it has the one with the least deviance on the tokens not fitted.
         """
         fitted, held = self.fitted, ~self.fitted
-        mean, std = given[fitted].mean(0), given[fitted].std(0).clamp_min(1e-6)
-        features = ((given - mean) / std).double()
-        regression = _GammaRegression(features[fitted], self.relative[fitted])
-        solutions = [regression.solve(ridge) for ridge in _RIDGES]
-        judged, wanted = features[held], self.relative[held]
-        solution = min(solutions, key=lambda s: _deviance(judged @ s, wanted))
-        weight = (solution / std.double()).float()
+        weight = self._solve(given, fitted, held)
         raw = given @ weight
-        bias = float(fitted.sum().log()) - float(torch.logsumexp(raw[fitted].double(), 0))
         return Probe(
             block,
             weight,
-            bias,
+            self._bias(raw, fitted),
             two_level_kl(raw[held], self.low[held], self.high[held]),
             rank_correlation(raw[held].tolist(), self.low[held].tolist()),
         )
+
+    def tempered(self, probe: Probe, given: torch.Tensor) -> Probe:
+        """`probe` with the spread of scores that text unlike the fitted one bears out, and mean 1
+        over what was not fitted to.
+
+        Args:
+            given: fp32 [tokens, H], what the probe was made from.
+        """
+        places = self.fitted.nonzero()[:, 0]
+        logs, wanted = [], []
+        for part in places.chunk(_PARTS):
+            judged = torch.zeros_like(self.fitted)
+            judged[part] = True
+            weight = self._solve(given, self.fitted & ~judged, judged)
+            raw = (given[part] @ weight).double()
+            logs.append(raw - torch.logsumexp(raw, 0))
+            wanted.append(self.relative[part] / self.relative[part].mean())
+        log, need = torch.cat(logs), torch.cat(wanted)
+        power = min(_TEMPERS, key=lambda t: _deviance(t * log, need))
+        weight = probe.weight * power
+        return replace(probe, weight=weight, bias=self._bias(given @ weight, ~self.fitted))
+
+    def _solve(
+        self, given: torch.Tensor, fitted: torch.Tensor, judged: torch.Tensor
+    ) -> torch.Tensor:
+        """Weight of the probe fitted to some tokens, with the ridge that judges others best."""
+        mean, std = given[fitted].mean(0), given[fitted].std(0).clamp_min(1e-6)
+        regression = _GammaRegression(
+            ((given[fitted] - mean) / std).double(), self.relative[fitted]
+        )
+        features, wanted = ((given[judged] - mean) / std).double(), self.relative[judged]
+        solutions = {ridge: regression.solve(ridge) for ridge in _RIDGES}
+        best = min(solutions, key=lambda r: _deviance(features @ solutions[r], wanted))
+        return (solutions[best] / std.double()).float()
+
+    @staticmethod
+    def _bias(raw: torch.Tensor, over: torch.Tensor) -> float:
+        """What makes the mean of exp(raw + b) over some tokens 1."""
+        return float(over.sum().log()) - float(torch.logsumexp(raw[over].double(), 0))
 
 
 class _GammaRegression:

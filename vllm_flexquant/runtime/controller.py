@@ -2,7 +2,8 @@
 """One per worker: turns signals into the precision table, step by step.
 
 Order within an engine step n: `before_forward` (host facts, decision, table) -> layers read their
-entries -> `after_logits` (entropy of step n, which decides step n + 1).
+entries; before the one that the probe listens to, `probe` may rewrite the later ones ->
+`after_logits` (entropy of step n, which decides step n + 1).
 """
 
 from __future__ import annotations
@@ -14,9 +15,15 @@ from typing import Any
 
 import torch
 
-from vllm_flexquant.config import FlexQuantOptions, PolicyUpdate
-from vllm_flexquant.format.layout import width_at_least, width_at_most
+from vllm_flexquant.config import PINNED, FlexQuantOptions, PolicyUpdate
+from vllm_flexquant.format.layout import PARENT_BITS, width_at_least, width_at_most
 from vllm_flexquant.format.record import CalibrationRecord
+from vllm_flexquant.policy.arrays import Array, indices, integers, namespace, view
+from vllm_flexquant.policy.budget import CLASSES
+from vllm_flexquant.policy.choose import make_policy, resolve_policy
+from vllm_flexquant.policy.decision import Decision, LevelPolicy, StepSignals
+from vllm_flexquant.policy.promise import ClassBook, Promise
+from vllm_flexquant.runtime.budget import BudgetControl
 from vllm_flexquant.runtime.ladder import (
     Ladder,
     build_ladder,
@@ -24,7 +31,6 @@ from vllm_flexquant.runtime.ladder import (
     calibrated_ladder,
     mean_bits,
 )
-from vllm_flexquant.runtime.policy import Decision, StepSignals, make_policy
 from vllm_flexquant.runtime.sequences import SequenceEntropy, SlotBook
 from vllm_flexquant.runtime.table import PrecisionTable, WeightError, allowed_widths
 
@@ -34,20 +40,32 @@ class Batch:
     """Host facts of one step, in the order of the batch.
 
     slots: slot of each request. prompt: the step computes prompt tokens of it. discarded: the
-    token sampled for it is thrown away (a prompt chunk that is not the last).
-    floors: lowest width in bits that each request asked for, 0 for none.
+    token sampled for it is thrown away (a prompt chunk that is not the last). rows: its last row in
+    what the forward pass computes. positions: tokens that it has generated.
     """
 
     request_ids: Sequence[str]
     slots: Sequence[int]
     prompt: Sequence[bool]
     discarded: Sequence[bool]
-    floors: Sequence[int]
+    rows: Sequence[int]
+    positions: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Held:
+    """What is held of the request in a slot: the number of its class, its lowest width in bits."""
+
+    number: int
+    floor: int = 0
 
 
 @dataclass
 class StepRecord:
-    """One step as `flexquant_trace` returns it. Entropies in nats, None where there are none."""
+    """One step as `flexquant_trace` returns it. Entropies in nats, None where there are none.
+
+    first_level: of the layers before the probe, where it is not `level`.
+    """
 
     step: int
     request_ids: list[str]
@@ -56,6 +74,8 @@ class StepRecord:
     widths: list[int]
     average: list[float | None]
     entropy: list[float | None] | None = None
+    first_level: int | None = None
+    scores: list[float] | None = None
 
 
 class Controller:
@@ -67,26 +87,34 @@ class Controller:
         self.steps = 0
         self.requests: SlotBook | None = None
         """Whose state is held, where the slots are ours (V1 runner)."""
-        self.slot_floors: dict[int, int] = {}
-        """Lowest width in bits that the request in each slot asked for."""
+        self.held: dict[int, Held] = {}
+        """By slot; those of requests that have ended stay until the slot is taken again."""
+        self.classes = ClassBook(options.classes, options.default_class, options.budget, CLASSES)
+        self._unheld = Held(*self.classes.admit(Promise())[:2])
+        self.budget: BudgetControl | None = None
         self._floor_in_force = 0
         self._written_floor: int | None = None
         """Under a pinned policy: the floor with which the table was written last."""
         self._batch: Batch | None = None
+        self._decoding: list[int] = []
         self._trace: deque[StepRecord] = deque(maxlen=options.trace_steps)
         self._entropy_op: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     # ---- set-up
 
-    def allocate(self, device: torch.device, slots: int) -> None:
-        """Allocate the buffers, before the weights are loaded, at addresses that stay."""
+    def allocate(self, device: torch.device, slots: int, tokens: int = 1) -> None:
+        """Allocate the buffers, before the weights are loaded, at addresses that stay.
+
+        Args:
+            slots: sequences that run at a time at most.
+            tokens: rows of a forward pass at most.
+        """
         self.device = device
         self.table = PrecisionTable(device)
         self.sequences = SequenceEntropy(slots, device)
-        self.last = Decision(
-            torch.zeros(1, dtype=torch.int32, device=device),
-            torch.zeros(1, dtype=torch.int32, device=device),
-        )
+        self._tokens = tokens
+        nothing = torch.zeros(2, dtype=torch.int32, device=device)
+        self.last = Decision(view(nothing[:1]), view(nothing[1:]))
 
     def start(
         self,
@@ -99,6 +127,9 @@ class Controller:
         Args:
             errors: as `build_ladder`, which is used where there is no `calibration`.
             fused: as `calibrated_ladder`.
+
+        Raises:
+            ValueError: the options ask for what the checkpoint does not have.
         """
         from flexquant_kernels import ops  # noqa: F401 - registers the operators
 
@@ -109,58 +140,122 @@ class Controller:
             if calibration is not None
             else build_ladder(layers, errors)
         )
-        self._rungs = self.ladder.widths.to(self.device)
-        self._full = torch.tensor(
-            [layer.widths[-1] for layer in layers], dtype=torch.int32, device=self.device
-        )
-        self._allowed = allowed_widths(layers).to(self.device)
+        self._rungs = view(self.ladder.widths.to(self.device))
+        full = [layer.widths[-1] for layer in layers]
+        self._full = integers(indices(full, self._rungs))
+        self._allowed = view(allowed_widths(layers).to(self.device))
         self._widths = sorted({width for layer in layers for width in layer.widths})
+        self._written = view(self.table.widths)
         self._pruned = any(layer.widths != layer.layout.widths for layer in layers)
         self._entropy_op = torch.ops.flexquant.entropy
-        self.last.level.fill_(len(self.ladder) - 1)
+        self.last.level[:] = len(self.ladder) - 1
+        if calibration is not None and self.ladder.kl_nats is not None:
+            self.budget = BudgetControl(
+                self.device,
+                layers,
+                self.ladder,
+                calibration,
+                fused or {},
+                self._tokens,
+                self._write_level,
+            )
         self._adopt(self.options)
         self._write(self._bounded(self._full, 0))
 
     def _adopt(self, options: FlexQuantOptions) -> None:
-        self.policy = make_policy(options, len(self.ladder))
+        options = resolve_policy(options, calibrated=self.budget is not None)
+        if self.budget is not None:
+            self.budget.adopt(options)
+        self.classes.set_default_budget(options.budget)
+        self._ask()
+        self.policy: LevelPolicy | None = None
+        if options.policy != "budget":
+            self.policy = make_policy(options, self.ladder.mean_bits)
         self.options = options
         self._written_floor = None
         if self._pinned:
-            nothing = self.sequences.seen[:0]
-            self.last = self.policy.decide(StepSignals(nothing.float(), nothing), self.last)
+            assert self.policy is not None
+            slots = indices([], self._rungs)
+            self._decide(StepSignals(*self.sequences.of(slots), slots))
+
+    def _ask(self, new: Sequence[int] = ()) -> None:
+        if self.budget is not None:
+            self.budget.ask(self.classes.budgets, new)
+
+    # ---- requests
+
+    def admit(self, slot: int, extra_args: Mapping[str, Any] | None) -> None:
+        """A request takes `slot`.
+
+        Raises:
+            ValueError: as `Promise.read`; the request runs at all bits.
+        """
+        if slot in self.held:
+            self.classes.release(self.held[slot].number)
+        self.held[slot] = Held(self._unheld.number, PARENT_BITS)
+        promise = Promise.read(extra_args, self.options.classes)
+        number, floor, new = self.classes.admit(promise)
+        self.held[slot] = Held(number, floor)
+        if new:
+            self._ask([number])
 
     # ---- the step
 
     def before_forward(self, batch: Batch) -> None:
         """Decide the widths of this step and write the table."""
         self._batch = batch
-        self._floor_in_force = max(batch.floors, default=0)
+        held = [self.held.get(slot, self._unheld) for slot in batch.slots]
+        self._floor_in_force = max((h.floor for h in held), default=0)
+        self._decoding = [i for i, prompt in enumerate(batch.prompt) if not prompt]
         if self._pinned:
             self._write_pinned()
+        elif self.policy is None:
+            self._begin(batch, held)
         else:
-            self._decide(batch)
+            self._decide_level(batch)
         if self.options.trace_steps:
             self._record(batch)
         self.steps += 1
 
-    def _decide(self, batch: Batch) -> None:
-        decoding = [s for s, p in zip(batch.slots, batch.prompt, strict=True) if not p]
-        if decoding:
-            slots = self._index(decoding)
-            signals = StepSignals(self.sequences.average[slots], self.sequences.seen[slots])
-            self.last = self.policy.decide(signals, self.last)
-        if any(batch.prompt) and self.options.prefill == "full":
-            widths = self._full
+    def _begin(self, batch: Batch, held: Sequence[Held]) -> None:
+        assert self.budget is not None
+        decoding = self._decoding
+        slots = indices([batch.slots[i] for i in decoding], self._rungs)
+        numbers = indices([held[i].number for i in decoding], self._rungs)
+        rows = indices([batch.rows[i] for i in decoding], self._rungs)
+        low, high = self._bounds(self._floor_in_force)
+        if self._at_all_bits(batch):
+            low = high = self._widths[-1]
+        self.budget.begin(*self.sequences.of(slots), numbers, rows, low, high)
+
+    def _decide_level(self, batch: Batch) -> None:
+        if decoding := self._decoding:
+            slots = indices([batch.slots[i] for i in decoding], self._rungs)
+            positions = indices([batch.positions[i] for i in decoding], self._rungs)
+            self._decide(StepSignals(*self.sequences.of(slots), positions))
+        if self._at_all_bits(batch):
+            self._write(self._bounded(self._full, self._floor_in_force))
         else:
-            widths = self._rungs.index_select(0, self.last.level)[0]
-        self._write(self._bounded(widths, self._floor_in_force))
+            self._write(self._bounded(self._rungs[self.last.level][0], self._floor_in_force))
+
+    def _at_all_bits(self, batch: Batch) -> bool:
+        return self.options.prefill == "full" and len(self._decoding) < len(batch.slots)
+
+    def _decide(self, signals: StepSignals) -> None:
+        assert self.policy is not None
+        decision = self.policy.decide(signals, self.last)
+        self.last.level[:], self.last.held[:] = decision.level, decision.held
 
     def _write_pinned(self) -> None:
         """The level was decided when the policy was adopted; only a floor can change the table."""
         if self._written_floor != self._floor_in_force:
-            rung = self._rungs.index_select(0, self.last.level)[0]
-            self._write(self._bounded(rung, self._floor_in_force))
+            self._write(self._bounded(self._rungs[self.last.level][0], self._floor_in_force))
             self._written_floor = self._floor_in_force
+
+    def probe(self, x: torch.Tensor) -> None:
+        """Decide later layers by what the probe's layer is given, [rows, H]."""
+        if self.budget is not None:
+            self.budget.probe(x)
 
     def after_logits(self, logits: torch.Tensor, slots: torch.Tensor | None = None) -> None:
         """Take in the logits of the step that `before_forward` announced.
@@ -177,34 +272,47 @@ class Controller:
             if len(logits) != len(batch.slots):
                 return
             pairs = zip(batch.slots, batch.discarded, strict=True)
-            slots = self._index([self.sequences.discard if d else s for s, d in pairs])
-        entropy = self._entropy_op(logits)
-        self.sequences.update(entropy, slots, self.options.entropy_decay, drafted)
+            index = indices([self.sequences.discard if d else s for s, d in pairs], self._rungs)
+        else:
+            index = view(slots)
+        entropy = view(self._entropy_op(logits))
+        self.sequences.update(entropy, index, self.options.entropy_decay, drafted)
+        if self.policy is None and self.budget is not None and not drafted and self._decoding:
+            own = entropy
+            if len(self._decoding) < len(batch.slots):
+                own = entropy[indices(self._decoding, self._rungs)]
+            self.budget.book(own)
         if self.options.trace_steps and self._trace:
-            self._trace[-1].entropy = entropy.tolist()
-
-    def _index(self, values: Sequence[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.long).to(self.device, non_blocking=True)
+            self._finish_record(entropy)
 
     @property
     def _pinned(self) -> bool:
-        return self.options.policy != "entropy"
+        return self.options.policy in PINNED
 
-    def _bounded(self, widths: torch.Tensor, floor: int) -> torch.Tensor:
-        """`widths` within the operator's bounds, and not below `floor`, which wins over them."""
+    def _bounds(self, floor: int) -> tuple[int, int]:
+        """The operator's bounds in bits, and not below `floor`, which wins over them."""
         options = self.options
         low, high = options.min_bits, options.max_bits
         if self._pinned and options.width is not None:
             low = high = options.width
         low = width_at_least(self._widths, max(low, floor))
-        high = max(width_at_most(self._widths, high), low)
-        return widths.clamp(low, high)
+        return low, max(width_at_most(self._widths, high), low)
 
-    def _write(self, widths: torch.Tensor) -> None:
-        assert self.table is not None
+    def _bounded(self, widths: Array, floor: int) -> Array:
+        low, high = self._bounds(floor)
+        return namespace(widths).clip(widths, low, high)
+
+    def _write_level(self, level: Array, first: int, bounds: Array) -> None:
+        """Give layers from `first` on the widths of `level`, int32 [1], within `bounds`, [2]."""
+        xp = namespace(level)
+        wanted = self._rungs[level][0, first:]
+        self._write(xp.minimum(xp.maximum(wanted, bounds[0]), bounds[1]), first)
+
+    def _write(self, widths: Array, first: int = 0) -> None:
         if self._pruned:
-            widths = self._allowed.gather(1, widths.long().unsqueeze(1))[:, 0]
-        self.table.widths.copy_(widths)
+            every = namespace(widths).arange(len(widths))
+            widths = self._allowed[first:][every, widths]
+        self._written[first:] = widths
 
     # ---- the operator's view
 
@@ -215,8 +323,7 @@ class Controller:
             ValueError: a bad value; nothing is changed.
         """
         self._adopt(PolicyUpdate.read(changes).apply(self.options))
-        rung = self._rungs.index_select(0, self.last.level)[0]
-        self._write(self._bounded(rung, self._floor_in_force))
+        self._write(self._bounded(self._rungs[self.last.level][0], self._floor_in_force))
 
     def status(self) -> dict[str, Any]:
         """What is in force now, as plain values (syncs a GPU)."""
@@ -229,13 +336,14 @@ class Controller:
         return {
             "steps": self.steps,
             "options": self.options.model_dump(mode="json") | {"layout": str(self.options.layout)},
-            "level": int(self.last.level),
+            "level": self._level().item(),
             "levels": len(self.ladder),
             "mean_bits": mean_bits(layers, widths),
             "bytes_read_per_step": bytes_read(layers, widths),
             "request_floor_bits": self._floor_in_force,
             "clamped_widths": ops.clamped_calls(),
             "entropy_nats": {request: average[s] for request, s in batch if seen[s]},
+            "budget": self._budget_status(),
             "ladder": {
                 "source": self.ladder.source,
                 "kl_nats": self.ladder.kl_nats and list(self.ladder.kl_nats),
@@ -263,16 +371,34 @@ class Controller:
             self._trace.clear()
         return records
 
+    def _level(self) -> Array:
+        """int32 [1], of the layers that are decided last."""
+        if self.policy is None and self.budget is not None:
+            return self.budget.later.level
+        return self.last.level
+
+    def _budget_status(self) -> dict[str, Any] | None:
+        return None if self.budget is None else self.budget.status(self.classes.names)
+
     def _record(self, batch: Batch) -> None:
-        assert self.table is not None
         average, seen = self.sequences.average.tolist(), self.sequences.seen.tolist()
         self._trace.append(
             StepRecord(
                 step=self.steps,
                 request_ids=list(batch.request_ids),
                 prompt=list(batch.prompt),
-                level=int(self.last.level),
-                widths=self.table.widths.tolist(),
+                level=self._level().item(),
+                widths=self._written.tolist(),
                 average=[average[s] if seen[s] else None for s in batch.slots],
             )
         )
+
+    def _finish_record(self, entropy: Array) -> None:
+        """Add what is known once the step has run."""
+        record = self._trace[-1]
+        record.entropy = entropy.tolist()
+        if self.policy is None and self.budget is not None:
+            record.first_level = self.budget.first.level.item()
+            record.level = self.budget.later.level.item()
+            record.widths = self._written.tolist()
+            record.scores = self.budget.row_scores().tolist()

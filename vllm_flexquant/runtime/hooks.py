@@ -12,8 +12,6 @@ from typing import Any
 
 from vllm.logger import init_logger
 
-from vllm_flexquant.config import request_floor
-from vllm_flexquant.format.layout import PARENT_BITS
 from vllm_flexquant.runtime.controller import Batch, Controller
 from vllm_flexquant.runtime.sequences import SlotBook
 
@@ -35,7 +33,6 @@ def _install_v1(runner: Any, controller: Controller) -> None:
     through here, so they run at whatever the table holds.
     """
     book = controller.requests = SlotBook(runner.max_num_reqs)
-    floors = controller.slot_floors
     model_forward = runner._model_forward
 
     def announce() -> None:
@@ -45,18 +42,19 @@ def _install_v1(runner: Any, controller: Controller) -> None:
         book.retain(runner.requests)
         new = book.admit(ids)
         for request_id in new:
-            params = runner.requests[request_id].sampling_params
-            floors[book[request_id]] = _floor(params)
+            admit(controller, book[request_id], runner.requests[request_id].sampling_params)
         controller.sequences.forget([book[r] for r in new])
         slots = [book[r] for r in ids]
         computed, prompt = rows.num_computed_tokens_cpu[:count], rows.num_prompt_tokens[:count]
+        ends = runner.query_start_loc.np[1 : count + 1]
         controller.before_forward(
             Batch(
                 request_ids=ids,
                 slots=slots,
                 prompt=(computed < prompt).tolist(),
                 discarded=runner.discard_request_mask.np[:count].tolist(),
-                floors=[floors[s] for s in slots],
+                rows=(ends - 1).tolist(),
+                positions=(computed - prompt).tolist(),
             )
         )
 
@@ -72,23 +70,22 @@ def _install_v1(runner: Any, controller: Controller) -> None:
         runner.input_batch.logitsprocs_need_output_token_ids = False
 
 
-def _floor(params: Any) -> int:
-    """The floor of a request that is already running: it must not fail now.
+def admit(controller: Controller, slot: int, params: Any) -> None:
+    """Take in a request that is already running: it must not fail now.
 
     Requests are checked at admission by the logits processor, which vLLM does not load in every
     configuration (speculative decoding on V1).
     """
     try:
-        return request_floor(params.extra_args if params else None)
+        controller.admit(slot, params.extra_args if params else None)
     except ValueError as error:
         logger.warning_once("flexquant: %s; the request runs at all bits", error)
-        return PARENT_BITS
 
 
 def _install_v2(runner: Any, controller: Controller) -> None:
     """Wrap `model_state.prepare_inputs`, called before every forward in all graph modes.
 
-    Slots are the runner's own, which the logits processor is told of; floors arrive there too.
+    Slots are the runner's own, which the logits processor is told of; promises arrive there too.
     """
     state = runner.model_state
     prepare_inputs = state.prepare_inputs
@@ -99,13 +96,15 @@ def _install_v2(runner: Any, controller: Controller) -> None:
         if any(known.get(r) != s for r, s in zip(batch.req_ids, slots, strict=False)):
             return  # warm-up and capture use requests that the runner does not hold
         prefilled = batch.num_computed_prefill_tokens_np + batch.num_scheduled_tokens
+        computed = batch.num_computed_tokens_np
         controller.before_forward(
             Batch(
                 request_ids=list(batch.req_ids),
                 slots=slots,
                 prompt=batch.is_prefilling_np[: batch.num_reqs].tolist(),
                 discarded=(prefilled < batch.prefill_len_np)[: batch.num_reqs].tolist(),
-                floors=[controller.slot_floors.get(s, 0) for s in slots],
+                rows=(batch.query_start_loc_np[1 : batch.num_reqs + 1] - 1).tolist(),
+                positions=(computed - batch.prefill_len_np)[: batch.num_reqs].tolist(),
             )
         )
 

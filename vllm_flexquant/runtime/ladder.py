@@ -80,8 +80,7 @@ def calibrated_ladder(
     unit_of = {name: i for i, unit in enumerate(calibration.units) for name in unit.layers}
     positions: dict[int, list[int]] = {}
     for index, layer in enumerate(layers):
-        path, _, last = layer.name.rpartition(".")
-        parts = [f"{path}.{part}".lstrip(".") for part in fused.get(last, [last])]
+        parts = parts_of(layer.name, fused)
         known = {unit_of[part] for part in parts if part in unit_of}
         if not known:
             raise ValueError(
@@ -101,6 +100,12 @@ def calibrated_ladder(
         f"KL on {calibration.text.get('text', 'calibration text')} ({calibration.ladder.search})",
         tuple(rung.kl_nats for rung in reversed(calibration.ladder.rungs)),
     )
+
+
+def parts_of(name: str, fused: Mapping[str, Sequence[str]]) -> list[str]:
+    """The layers of the checkpoint that vLLM fuses into its layer `name`, itself if none."""
+    path, _, last = name.rpartition(".")
+    return [f"{path}.{part}".lstrip(".") for part in fused.get(last, [last])]
 
 
 def _from_steps(

@@ -59,6 +59,7 @@ class FlexLinearMethod(LinearMethodBase):
         self.tile = 0
         self.relaid = False
         self.index = -1
+        self.probes = False
         self.activation_dtype = torch.get_default_dtype()
 
     def _declare(self, layer: torch.nn.Module, rows: int, columns: int, dtype: torch.dtype) -> None:
@@ -148,6 +149,8 @@ class FlexLinearMethod(LinearMethodBase):
     def apply(
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
+        if self.probes:
+            torch.ops.flexquant.probe(x)
         # straight from the dict and by the overload: a third less time per call than by attributes
         parameters = layer._parameters
         if self.relaid:

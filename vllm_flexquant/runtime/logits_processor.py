@@ -17,7 +17,8 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import (
     LogitsProcessor as V2LogitsProcessor,
 )
 
-from vllm_flexquant.config import request_floor
+from vllm_flexquant.policy import promise
+from vllm_flexquant.runtime import hooks
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +41,7 @@ class EntropyProcessor(V1LogitsProcessor, V2LogitsProcessor):
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
         """Refuse a request (HTTP 400) whose `flexquant_` arguments cannot be kept."""
-        request_floor(sampling_params.extra_args)
+        promise.check(sampling_params)
 
     def is_argmax_invariant(self) -> bool:
         """False, although logits stay as they are: V1 skips invariant ones for greedy batches."""
@@ -51,7 +52,7 @@ class EntropyProcessor(V1LogitsProcessor, V2LogitsProcessor):
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         """V2: a new sequence takes slot `req_idx`."""
-        self._controller.slot_floors[req_idx] = request_floor(sampling_params.extra_args)
+        hooks.admit(self._controller, req_idx, sampling_params)
         self._new_slots.append(req_idx)
         return True
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator, Sequence
 
+import numpy as np
 import torch
+
+from vllm_flexquant.policy.arrays import Array, indices, namespace, view
 
 
 class SlotBook:
@@ -64,21 +67,23 @@ class SequenceEntropy:
     def __init__(self, slots: int, device: torch.device) -> None:
         self.average = torch.zeros(slots + 1, dtype=torch.float32, device=device)
         self.seen = torch.zeros(slots + 1, dtype=torch.bool, device=device)
+        self._average, self._seen = view(self.average), view(self.seen)
 
     @property
     def discard(self) -> int:
         """The slot of rows that count for no sequence."""
         return len(self.average) - 1
 
+    def of(self, slots: Array) -> tuple[Array, Array]:
+        """Average and seen of `slots`, int64 [rows]."""
+        return self._average[slots], self._seen[slots]
+
     def forget(self, slots: Sequence[int]) -> None:
         """Start anew in `slots`, which new sequences take."""
         if slots:
-            index = torch.tensor(slots, dtype=torch.long).to(self.seen.device, non_blocking=True)
-            self.seen.index_fill_(0, index, False)
+            self._seen[indices(slots, self._seen)] = False
 
-    def update(
-        self, entropy: torch.Tensor, slots: torch.Tensor, decay: float, drafted: bool = False
-    ) -> None:
+    def update(self, entropy: Array, slots: Array, decay: float, drafted: bool = False) -> None:
         """Take in the entropies of a step.
 
         Args:
@@ -88,11 +93,20 @@ class SequenceEntropy:
                 replaced by the present.
             drafted: a sequence may have several rows (drafted tokens), and counts its largest.
         """
+        xp = namespace(self._average)
         if drafted:
-            largest = torch.full_like(self.average, -torch.inf)
-            entropy = largest.scatter_reduce_(0, slots, entropy, "amax")[slots]
-        before = self.average[slots]
-        mixed = torch.lerp(entropy, before, decay)
-        keep = self.seen[slots] & torch.isfinite(mixed)
-        self.average[slots] = torch.where(keep, mixed, entropy)
-        self.seen[slots] = True
+            entropy = _largest_of_slot(entropy, slots, len(self._average))
+        before, seen = self.of(slots)
+        mixed = entropy + decay * (before - entropy)
+        keep = seen & xp.isfinite(mixed)
+        self._average[slots] = xp.where(keep, mixed, entropy)
+        self._seen[slots] = True
+
+
+def _largest_of_slot(entropy: Array, slots: Array, count: int) -> Array:
+    if isinstance(entropy, torch.Tensor):
+        largest = entropy.new_full((count,), -torch.inf)
+        return largest.scatter_reduce_(0, slots, entropy, "amax")[slots]
+    largest = np.full(count, -np.inf, dtype=entropy.dtype)
+    np.maximum.at(largest, slots, entropy)
+    return largest[slots]

@@ -10,7 +10,7 @@ from vllm.distributed import get_world_group
 from vllm.logger import init_logger
 
 from flexquant_kernels import ops
-from vllm_flexquant.runtime import hooks
+from vllm_flexquant.runtime import hooks, probe
 from vllm_flexquant.runtime.linear import FlexLinearMethod
 from vllm_flexquant.runtime.quant_config import FlexQuantConfig
 from vllm_flexquant.runtime.table import WeightError
@@ -48,8 +48,10 @@ class FlexWorkerMixin:
             # with all linear layers in planes there is none, and attention would die of SIGILL.
             torch.cpu._init_amx()
         # outside of load_model, whose allocations sleep mode may discard
-        slots = self.vllm_config.scheduler_config.max_num_seqs
-        self._config.controller.allocate(self.device, slots)
+        scheduler = self.vllm_config.scheduler_config
+        self._config.controller.allocate(
+            self.device, scheduler.max_num_seqs, scheduler.max_num_batched_tokens
+        )
 
     def load_model(self, **kwargs: Any) -> None:
         if self.device.type == "cpu":
@@ -67,9 +69,28 @@ class FlexWorkerMixin:
                 "serve it without --quantization flexquant"
             )
         controller.start(errors, self._config.calibration, self._config.packed_modules_mapping)
+        self._install_probe()
         hooks.install(self.model_runner, controller)
         self._compile()
         self._announce()
+
+    def _install_probe(self) -> None:
+        """Let the layer that the probe listens to call it, where this rank has that layer."""
+        controller = self._config.controller
+        budget = controller.budget
+        if budget is None or budget.weight is None:
+            return
+        probe.connect(controller)
+        for layer in self.model_runner.model.modules():
+            method = getattr(layer, "quant_method", None)
+            if isinstance(method, FlexLinearMethod) and method.index == budget.probe_layer:
+                columns = layer.flexquant_columns
+                if columns != len(budget.weight):
+                    raise ValueError(
+                        f"the probe of flexquant.json reads {len(budget.weight)} numbers, but "
+                        f"{method.prefix} is given {columns}; copy the checkpoint again"
+                    )
+                method.probes = True
 
     def _compile(self) -> None:
         """Compile the Triton kernels for any number of rows, where they run the layers."""

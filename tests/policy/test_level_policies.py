@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_flexquant.config import FlexQuantOptions
-from vllm_flexquant.runtime.policy import Decision, EntropyPolicy, StepSignals, make_policy
+from vllm_flexquant.policy.choose import make_policy, resolve_policy
+from vllm_flexquant.policy.decision import Decision, StepSignals
+from vllm_flexquant.policy.entropy import EntropyPolicy
 
 LEVELS = 101
+BITS = [4 + n / 2 for n in range(10)]
 
 
 def policy(**changes):
@@ -22,16 +26,21 @@ def policy(**changes):
     return EntropyPolicy(levels=LEVELS, **values | changes)
 
 
-def decide(chosen, entropies, known=None, level=0, held=0):
-    entropy = torch.tensor(entropies, dtype=torch.float32)
-    known = torch.ones(len(entropies), dtype=torch.bool) if known is None else torch.tensor(known)
-    last = Decision(
-        torch.tensor([level], dtype=torch.int32), torch.tensor([held], dtype=torch.int32)
-    )
-    decision = chosen.decide(StepSignals(entropy, known), last)
-    assert decision.level.dtype == torch.int32
-    assert decision.level.shape == (1,)
-    return int(decision.level), int(decision.held)
+def decide(chosen, entropies, known=None, level=0, held=0, position=None):
+    """In NumPy and in torch, which must agree."""
+    found = set()
+    for make in (np.array, torch.tensor):
+        kind = np if make is np.array else torch
+        entropy = make(entropies, dtype=kind.float32)
+        seen = make([True] * len(entropies) if known is None else known)
+        at = make(position or [0] * len(entropies), dtype=kind.int64)
+        last = Decision(*(make([n], dtype=kind.int32) for n in (level, held)))
+        decision = chosen.decide(StepSignals(entropy, seen, at), last)
+        assert decision.level.dtype == kind.int32
+        assert decision.level.shape == (1,)
+        found.add((decision.level.item(), decision.held.item()))
+    [decided] = found
+    return decided
 
 
 @pytest.mark.parametrize(("nats", "level"), [(0.0, 0), (1.0, 0), (1.5, 50), (2.0, 100), (9.0, 100)])
@@ -84,8 +93,28 @@ def test_level_stays_on_the_ladder_and_follows_the_entropy(entropies, level, agg
 
 
 def test_policies_from_options():
-    top = make_policy(FlexQuantOptions(policy="static"), 10)
+    top = make_policy(FlexQuantOptions(policy="static"), BITS)
     assert decide(top, [0.0], level=2)[0] == 9
-    assert decide(make_policy(FlexQuantOptions(policy="manual", level=4), 10), [9.0])[0] == 4
+    assert decide(make_policy(FlexQuantOptions(policy="manual", level=4), BITS), [9.0])[0] == 4
     with pytest.raises(ValueError, match="level 10 is not on the ladder, which has levels 0 to 9"):
-        make_policy(FlexQuantOptions(policy="manual", level=10), 10)
+        make_policy(FlexQuantOptions(policy="manual", level=10), BITS)
+
+
+def test_progressive_lowers_the_level_as_the_youngest_answer_grows():
+    options = FlexQuantOptions(
+        policy="progressive", progressive_full=10, progressive_tokens=100, progressive_bits=4.9
+    )
+    chosen = make_policy(options, BITS)
+    levels = [decide(chosen, [0.0], position=[at], level=3)[0] for at in range(0, 200, 5)]
+    assert levels[:3] == [9, 9, 9]
+    assert levels == sorted(levels, reverse=True)
+    assert levels[-1] == levels[23] == 2  # 5 bits
+    assert decide(chosen, [0.0, 0.0], position=[500, 0])[0] == 9
+
+
+def test_auto_is_the_budget_where_kl_is_known_and_entropy_elsewhere():
+    options = FlexQuantOptions()
+    assert resolve_policy(options, calibrated=True).policy == "budget"
+    assert resolve_policy(options, calibrated=False).policy == "entropy"
+    with pytest.raises(ValueError, match=r"needs a calibrated checkpoint.*flexquant quantize"):
+        resolve_policy(FlexQuantOptions(policy="budget"), calibrated=False)

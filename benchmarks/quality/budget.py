@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What policy budget spends of what it is asked to, and what it saves over a static level.
+
+    python -m benchmarks.quality.budget --model FOLDER --checkpoint FOLDER
+        --text prose=FILE --text code=FILE --text chat=FILE.jsonl [--rows 1 4 16]
+
+One vLLM engine decodes the same teacher-forced text at levels of the ladder and under policy
+budget, at each number of sequences at a time, by several signals. KL is to the unquantized
+checkpoint (for the demo's model, the dequantized GGUF), measured in the engine at every step.
+
+A policy is compared with a static level of the same mean bits, and of the same KL, both between the
+levels that were measured (log KL taken for linear in bits). Tail: 99th percentile of KL, and how
+often the first choice is another one where the reference gives its own at least 0.9.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import trace
+from benchmarks.provenance import ROOT, hash_file, provenance, write_json
+from benchmarks.quality.calibrated import RESULTS
+from benchmarks.quality.engine import PROCESSOR, compute_references, decode
+from benchmarks.quality.probe import bits_at
+from benchmarks.quality.sequences import TokenSequence, read_records, scored, summarise
+from vllm_flexquant.quantize.calibration import cut_tokens, load_tokenizer, read_text
+
+PROMPT, FORCED = 16, 112
+LEVEL_KL = (0.15, 0.07, 0.045, 0.03, 0.0175, 0.0105, 0.0045, 0.0015)
+"""Static levels measured: those whose calibrated KL is nearest."""
+
+ASKED = (0.01, 0.03, 0.1)
+SIGNALS = ("probe", "none", "entropy", "both")
+WITHIN = 0.15
+SURE = 0.9
+TRACE_STEPS = 20_000
+
+
+def sequences_of(file: Path, tokenizer: Any, count: int, name: str) -> list[TokenSequence]:
+    """`count` sequences out of a text or of dialogues, evenly spaced."""
+    found = cut_tokens(read_text(str(file)), tokenizer, count, PROMPT + FORCED).fit[:count]
+    return [
+        TokenSequence(f"{name}-{i}", row[:PROMPT], row[PROMPT:])
+        for i, row in enumerate(found.tolist())
+    ]
+
+
+def kl_at(bits: float, static: Sequence[tuple[float, float]]) -> float:
+    """KL of a static level of so many mean bits, between (bits, KL) ascending in bits."""
+    for (below, low), (above, high) in itertools.pairwise(static):
+        if below <= bits <= above:
+            share = (bits - below) / (above - below)
+            return math.exp(math.log(low) + share * (math.log(high) - math.log(low)))
+    return math.nan
+
+
+def tail(records: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """99th percentile of KL, and the share of other first choices where the reference is sure."""
+    kl = sorted(r["kl"] for r in records)
+    sure = [r for r in records if r["reference_top"] >= SURE]
+    return {
+        "kl_99": kl[round(0.99 * (len(kl) - 1))],
+        "flips_where_sure": sum(not r["top1"] for r in sure) / max(len(sure), 1),
+        "sure": len(sure),
+    }
+
+
+class Measured:
+    """An engine, the texts that it decodes, and what comes of it."""
+
+    def __init__(
+        self, llm: Any, folder: Path, texts: dict[str, list[TokenSequence]], console: Console
+    ) -> None:
+        self.llm, self.folder, self.texts, self.console = llm, folder, texts, console
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        return self.llm.collective_rpc(method, args=arguments)[-1]
+
+    def run(self, changes: dict[str, Any], name: str, text: str, rows: int) -> dict[str, Any]:
+        """Decode one text under a policy."""
+        # another budget in between, so that each run begins with an account of its own
+        for change in ({"policy": "budget", "budget": 1.0}, changes):
+            if reason := self.call("flexquant_update", change):
+                raise SystemExit(f"the engine refused {change}: {reason}")
+        self.call("flexquant_trace", True)
+        sequences = self.texts[text]
+        seconds = decode(self.llm, f"{name} {text} {rows}", sequences, rows)
+        steps, status = self.call("flexquant_trace", True), self.call("flexquant_status")
+        if len(steps) >= TRACE_STEPS:
+            raise SystemExit(f"more than {TRACE_STEPS} steps; use fewer --sequences")
+        records = read_records(self.folder / "records.jsonl", f"{name} {text} {rows}")
+        kept = scored(records, sequences)
+        summary = summarise(kept) | tail(kept)
+        figures = trace.summarise(status["layers"], steps)
+        account = status["budget"]["classes"]["balanced"]
+        self.console.print(
+            f"  {text}, {rows} at a time, {name}: KL {summary['kl']:.4f} at "
+            f"{figures['mean_bits']:.2f} bits ({seconds:.0f} s)"
+        )
+        return {
+            "summary": summary,
+            "steps": figures,
+            "booked_nats": account["booked_nats"],
+            "correction": account["correction"],
+        }
+
+
+def compare(static: Sequence[dict[str, Any]], result: dict[str, Any]) -> None:
+    """Add to a policy's result what a static level would have cost or needed."""
+    points = sorted((s["steps"]["mean_bits"], s["summary"]["kl"]) for s in static)
+    kl, bits = result["summary"]["kl"], result["steps"]["mean_bits"]
+    result["static_level"] = {
+        "kl_at_equal_bits": kl_at(bits, points),
+        "kl_over_it": kl / kl_at(bits, points),
+        "bits_saved_at_equal_kl": bits_at(kl, points) - bits,
+    }
+
+
+def measure(
+    measured: Measured, status: dict[str, Any], rows: int, signals: Sequence[str]
+) -> dict[str, Any]:
+    """Every text at static levels and under budgets, `rows` sequences at a time."""
+    ladder = status["ladder"]["kl_nats"]
+    levels = [min(range(len(ladder)), key=lambda i: abs(ladder[i] / kl - 1)) for kl in LEVEL_KL]
+    found: dict[str, Any] = {}
+    for text in measured.texts:
+        static = [
+            measured.run({"policy": "manual", "level": n}, f"level {n}", text, rows) | {"level": n}
+            for n in sorted(set(levels))
+        ]
+        policies = []
+        for signal in signals:
+            for asked in ASKED:
+                changes = {"policy": "budget", "signal": signal, "budget": asked}
+                result = measured.run(changes, f"{signal} {asked}", text, rows)
+                ratio = result["summary"]["kl"] / asked
+                result |= {
+                    "signal": signal,
+                    "asked_nats": asked,
+                    "spent_over_asked": ratio,
+                    "within": abs(ratio - 1) <= WITHIN,
+                    "not_above": ratio <= 1 + WITHIN,
+                }
+                compare(static, result)
+                policies.append(result)
+        found[text] = {"static": static, "policies": policies}
+    return found
+
+
+def show(results: dict[str, Any], console: Console) -> None:
+    """Print a line per policy."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in (
+        "text",
+        "rows",
+        "signal",
+        "asked",
+        "spent",
+        "ratio",
+        "bits",
+        "saved",
+        "KL/level",
+    ):
+        table.add_column(heading, justify="left" if heading == "text" else "right")
+    for rows, texts in results.items():
+        for text, entry in texts.items():
+            for result in entry["policies"]:
+                level = result["static_level"]
+                table.add_row(
+                    text,
+                    rows,
+                    result["signal"],
+                    f"{result['asked_nats']:g}",
+                    f"{result['summary']['kl']:.4f}",
+                    f"{result['spent_over_asked']:.2f}{'' if result['within'] else ' !'}",
+                    f"{result['steps']['mean_bits']:.2f}",
+                    f"{level['bits_saved_at_equal_kl']:+.2f}",
+                    f"{level['kl_over_it']:.2f}",
+                )
+    console.print(table)
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description="Asked and spent, in the engine.")
+    parser.add_argument("--model", type=Path, required=True, help="unquantized checkpoint folder")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="calibrated checkpoint")
+    parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE")
+    parser.add_argument("--sequences", type=int, default=16, help=f"of {FORCED} tokens each")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--dtype", default="float16")
+    parser.add_argument("--out", type=Path, default=RESULTS / "budget.json")
+    options = parser.parse_args()
+    if wrong := [text for text in options.text if "=" not in text]:
+        raise SystemExit(f"--text is {wrong[0]}; give it as NAME=FILE")
+    files = {name: Path(file) for name, _, file in (t.partition("=") for t in options.text)}
+    facts = provenance(options.model)
+    facts["texts"] = {n: {"name": f.name, "sha256": hash_file(f)} for n, f in files.items()}
+    tokenizer, console = load_tokenizer(options.model), Console()
+    texts = {n: sequences_of(f, tokenizer, options.sequences, n) for n, f in files.items()}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        everything = [sequence for part in texts.values() for sequence in part]
+        compute_references(str(options.model), everything, folder, [8], "float32")
+        os.environ |= {
+            "BENCH_REFERENCE": str(folder / "reference.npy"),
+            "BENCH_RECORD": str(folder / "records.jsonl"),
+            "VLLM_FLEXQUANT_TRACE_STEPS": str(TRACE_STEPS),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        }
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        from vllm import LLM
+
+        llm = LLM(
+            str(options.checkpoint),
+            dtype=options.dtype,
+            enforce_eager=True,
+            max_model_len=1024,
+            max_num_seqs=max(options.rows),
+            # a cached prefix would bring the keys and values of another width into a run
+            enable_prefix_caching=False,
+            logits_processors=[PROCESSOR],
+        )
+        measured = Measured(llm, folder, texts, console)
+        status = measured.call("flexquant_status")
+        results = {
+            str(rows): measure(measured, status, rows, SIGNALS if rows == 1 else SIGNALS[:2])
+            for rows in options.rows
+        }
+    facts |= {
+        "probe": status["budget"]["probe"],
+        "best_nats": status["budget"]["best_nats"],
+        "kernels": sorted({layer["kernel"] for layer in status["layers"]}),
+        "dtype": options.dtype,
+        "checkpoint": json.loads((options.checkpoint / "flexquant.json").read_text())["files"],
+    }
+    write_json(options.out, {"within": WITHIN, "sure": SURE, "rows": results}, facts)
+    show(results, console)
+    console.print(f"written to {options.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What entropy tells of how much precision a token needs: its KL over that of the average token."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_flexquant.format.record import NeedRecord
+
+BIN_NATS, BINS = 0.25, 32
+DECAY = 0.5
+"""Of the moving average, as the engine's default."""
+
+
+def need_of_entropy(kl: torch.Tensor, entropy: torch.Tensor, length: int) -> NeedRecord:
+    """Mean need by a token's own entropy, and by the average of those before it.
+
+    Args:
+        kl, entropy: fp32 [tokens], in nats, of sequences of `length` one after another.
+    """
+    need = kl / kl.mean()
+    before = _average_before(entropy.reshape(-1, length)).flatten()
+    known = ~torch.isnan(before)
+    return NeedRecord(
+        bin_nats=BIN_NATS,
+        by_entropy=_by_bin(entropy, need),
+        by_average=_by_bin(before[known], need[known]),
+        decay=DECAY,
+    )
+
+
+def _average_before(entropy: torch.Tensor) -> torch.Tensor:
+    """fp32 [sequences, length]; NaN for the first token of each."""
+    average = torch.full_like(entropy, torch.nan)
+    for i in range(1, entropy.shape[1]):
+        before = average[:, i - 1]
+        mixed = torch.lerp(entropy[:, i - 1], before, DECAY)
+        average[:, i] = torch.where(torch.isnan(before), entropy[:, i - 1], mixed)
+    return average
+
+
+def _by_bin(nats: torch.Tensor, need: torch.Tensor) -> tuple[float, ...]:
+    """Mean need in each bin, smoothed over its neighbours, so that every bin has some."""
+    number = (nats / BIN_NATS).long().clamp(0, BINS - 1)
+    count = torch.bincount(number, minlength=BINS).double()
+    total = torch.bincount(number, need.double(), minlength=BINS)
+    apart = torch.arange(BINS)[:, None] - torch.arange(BINS)[None, :]
+    near = torch.exp(-apart.square().double() / 2) + 1e-9
+    return tuple(((near @ total) / (near @ count)).tolist())

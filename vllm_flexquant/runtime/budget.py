@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Policy `budget` inside a worker: its arrays, the probe within the forward pass, the books."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.logger import init_logger
+
+from vllm_flexquant.config import FlexQuantOptions
+from vllm_flexquant.format.layout import PARENT_BITS
+from vllm_flexquant.format.record import CalibrationRecord, NeedRecord
+from vllm_flexquant.policy.arrays import Array, constant, indices, integers, namespace, view
+from vllm_flexquant.policy.budget import (
+    CLASSES,
+    NO_PAST,
+    OTHER,
+    BudgetPolicy,
+    Calibrated,
+    Ledger,
+    price_of,
+)
+from vllm_flexquant.policy.decision import Decision
+from vllm_flexquant.runtime.ladder import Ladder, bytes_read, parts_of
+from vllm_flexquant.runtime.table import LayerRecord
+
+logger = init_logger(f"vllm.{__name__}")
+
+WriteWidths = Callable[[Array, int, Array], None]
+"""Level [1], the first layer to write, lowest and highest width in bits [2]."""
+
+_NO_NEED = NeedRecord(bin_nats=1.0, by_entropy=(1.0,), by_average=(1.0,))
+"""Without figures of calibration, every token is taken for an average one."""
+
+
+class BudgetControl:
+    """Decides a worker's steps by policy `budget`.
+
+    Within step n: `begin` (level of the first layers), `probe` (level of those after it), `book`
+    (what the step cost). Buffers have addresses that stay.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        layers: Sequence[LayerRecord],
+        ladder: Ladder,
+        record: CalibrationRecord,
+        fused: Mapping[str, Sequence[str]],
+        tokens: int,
+        write: WriteWidths,
+    ) -> None:
+        """`tokens`: rows of a forward pass at most."""
+        self.record, self.write, self.levels = record, write, len(ladder)
+        self.probe_layer = _probe_layer(layers, record, fused)
+        self.weight: torch.Tensor | None = None
+        self.probe_name: str | None = None
+        if self.probe_layer is not None and record.probe is not None:
+            self.probe_name = record.probe.layer
+            self.weight = torch.tensor(record.probe.weight, device=device)
+            self.bias = record.probe.bias
+        self._like = view(torch.zeros(1, dtype=torch.float64, device=device))
+        self.calibrated = _calibrated(layers, ladder, record, self.probe_layer, fused, self._like)
+        self._plain = _calibrated(layers, ladder, record, self.probe_layer, fused, np.zeros(1))
+        self._asked: dict[int, float] = {}
+        nothing = [0.0] * CLASSES
+        self.ledger = Ledger(**{f.name: constant(nothing, self._like) for f in fields(Ledger)})
+        self.ledger.needed[:] = self.ledger.foreseen[:] = NO_PAST
+        self.row_class = view(torch.full((tokens,), OTHER, dtype=torch.int64, device=device))
+        self.scores = view(torch.zeros(tokens, dtype=torch.float64, device=device))
+        self.first, self.later, self._last = (self._best_level() for _ in range(3))
+        self.price = constant([-1.0], self._like)
+        self.bounds = indices([PARENT_BITS, PARENT_BITS], self._like)
+        self.active = view(torch.zeros(1, dtype=torch.bool, device=device))
+        self._rows = self.row_class[:0]
+
+    def _best_level(self) -> Decision:
+        like = self._like
+        return Decision(*(integers(constant([n], like)) for n in (self.levels - 1, 0)))
+
+    def adopt(self, options: FlexQuantOptions) -> None:
+        """Go on by other options; steps are decided here from the next `begin` on."""
+        self.options = options
+        self.active[:] = False
+        self.policy = BudgetPolicy(
+            calibrated=self.calibrated,
+            levels=self.levels,
+            horizon=options.budget_horizon,
+            hysteresis=options.hysteresis,
+            dwell=options.dwell,
+            aggregate=options.aggregate,
+            quantile=options.quantile,
+        )
+
+    def ask(self, budgets: Mapping[int, float], new: Sequence[int] = ()) -> None:
+        """Set what classes may spend, nats per token by number.
+
+        Those in `new`, and those whose budget changes, begin a new account.
+        """
+        anew = {*new, *(n for n, budget in budgets.items() if self._asked.get(n) != budget)}
+        self._asked = dict(budgets)
+        asked, price = [0.0] * CLASSES, [0.0] * CLASSES
+        for number, budget in budgets.items():
+            asked[number] = budget
+            price[number] = price_of(budget, self._plain)
+        best = float(self._plain.kl.min())
+        for number in anew:
+            if 0 < asked[number] < best:
+                logger.warning_once(
+                    "flexquant: a budget of %g nats per token cannot be met: the best level costs "
+                    "%.2g; it is served at the best level",
+                    asked[number],
+                    best,
+                )
+        self.ledger.asked[:] = constant(asked, self._like)
+        self.ledger.price[:] = constant(price, self._like)
+        if anew:
+            for values in (self.ledger.balance, self.ledger.spent, self.ledger.tokens):
+                values[indices(sorted(anew), self._like)] = 0.0
+        if new:
+            for values in (self.ledger.needed, self.ledger.foreseen):
+                values[indices(new, self._like)] = NO_PAST
+
+    def begin(
+        self, average: Array, known: Array, classes: Array, rows: Array, low: int, high: int
+    ) -> None:
+        """Decide the level that a step begins at, and write all layers' widths.
+
+        Args:
+            average, known: fp32 and bool [n] of the sequences that decode, as `StepSignals`.
+            classes: int64 [n], their classes' numbers.
+            rows: int64 [n], the row of each in what the forward pass computes.
+            low, high: bounds in bits of every layer in this step.
+        """
+        xp = namespace(average)
+        self._rows = rows
+        self.row_class[:] = OTHER
+        self.row_class[rows] = classes
+        need = xp.ones_like(self.scores[rows])
+        if self.options.signal in ("entropy", "both"):
+            by_average = self.calibrated.need(self.calibrated.by_average, average)
+            need = xp.where(known, by_average, need)
+        self.scores[rows] = need
+        self.price[:] = self.policy.price(need, classes, self.ledger)
+        self._keep(self.first, self.policy.first(self.price, self.first))
+        self._keep(self.later, self.first)
+        self.bounds[:] = indices([low, high], average)
+        self.active[:] = self.options.signal in ("probe", "both") and self.weight is not None
+        self.write(self.first.level, 0, self.bounds)
+
+    def probe(self, x: torch.Tensor) -> None:
+        """Score the rows of a forward pass and decide the layers after the probe.
+
+        A captured graph replays this: it reads and writes buffers alone.
+
+        Args:
+            x: [rows, H], what the probe's layer is given.
+        """
+        if self.weight is None:
+            return
+        on_host = isinstance(self.row_class, np.ndarray)
+        if on_host and not (self.active[0] and len(self._rows)):
+            return
+        classes = self.row_class[: len(x)]
+        score = view(torch.exp(torch.mv(x.float(), self.weight) + self.bias))
+        xp = namespace(score)
+        scores, last = self.scores[: len(x)], self._last
+        scores[:] = xp.where(self.active & (classes != OTHER), score, scores)
+        price = self.policy.price(scores, classes, self.ledger)
+        decides = self.active & (price >= 0)
+        self.price[:] = xp.where(decides, price, self.price)
+        later = self.policy.later(price, last)
+        for name in ("level", "held"):
+            chosen, begun = getattr(later, name), getattr(self.first, name)
+            getattr(last, name)[:] = xp.where(decides, chosen, getattr(last, name))
+            getattr(self.later, name)[:] = xp.where(decides, chosen, begun)
+        assert self.probe_layer is not None
+        self.write(self.later.level, self.probe_layer, self.bounds)
+
+    def row_scores(self) -> Array:
+        """fp64 [n], what each sequence of the step was taken to need."""
+        return self.scores[self._rows]
+
+    def book(self, entropy: Array) -> None:
+        """Take in the entropies of the step, fp32 [n] nats, of the sequences that `begin` had."""
+        classes = self.row_class[self._rows]
+        kl = self.policy.kl(self.first, self.later, self.bounds[:1], self.bounds[1:])
+        ledger = self.policy.book(kl, self.row_scores(), entropy, classes, self.ledger)
+        for field in fields(Ledger):
+            getattr(self.ledger, field.name)[:] = getattr(ledger, field.name)
+
+    def status(self, names: Mapping[int, str]) -> dict[str, Any]:
+        """What each class asked for and was booked, by its name."""
+        ledger, xp = self.ledger, namespace(self._like)
+        spent = ledger.spent / xp.clip(ledger.tokens, 1, None)
+        figures = {
+            "asked_nats": ledger.asked,
+            "balance_nats": ledger.balance,
+            "booked_nats": spent,
+            "tokens": ledger.tokens,
+            "correction": ledger.correction,
+        }
+        best = self.calibrated.kl.min().item()
+        plain = {name: values.tolist() for name, values in figures.items()}
+        return {
+            "best_nats": best,
+            "probe": self.record.probe.layer
+            if self.weight is not None and self.record.probe
+            else None,
+            "classes": {
+                name: {figure: values[number] for figure, values in plain.items()}
+                | {"can_be_met": plain["asked_nats"][number] >= best}
+                for number, name in names.items()
+            },
+        }
+
+    @staticmethod
+    def _keep(buffer: Decision, decision: Decision) -> None:
+        buffer.level[:], buffer.held[:] = decision.level, decision.held
+
+
+def _probe_layer(
+    layers: Sequence[LayerRecord],
+    record: CalibrationRecord,
+    fused: Mapping[str, Sequence[str]],
+) -> int | None:
+    """Index of the layer whose input the probe reads, None where it is on another rank."""
+    if record.probe is None:
+        return None
+    for index, layer in enumerate(layers):
+        if record.probe.layer in parts_of(layer.name, fused):
+            return index
+    return None
+
+
+def _calibrated(
+    layers: Sequence[LayerRecord],
+    ladder: Ladder,
+    record: CalibrationRecord,
+    probe_layer: int | None,
+    fused: Mapping[str, Sequence[str]],
+    like: Array,
+) -> Calibrated:
+    """As the policy has it, from what calibration wrote."""
+    assert ladder.kl_nats is not None
+    need = record.need or _NO_NEED
+    weights_kl = np.array(ladder.kl_nats)
+    rounding = _activations_kl(layers, record)
+    early_kl = weights_kl * _early_share(layers, ladder, record, probe_layer, fused)
+    early = layers[:probe_layer]
+    early_bytes = [bytes_read(early, w[: len(early)]) for w in ladder.widths.tolist()]
+    top = ladder.bytes_read[-1]
+    uniform = {width: kl for width, (kl, _) in record.uniform_kl.items()}
+    # no layer runs at widths that the layout lacks, but at the next one up
+    width_kl = [
+        uniform[min((w for w in uniform if w >= bits), default=max(uniform))] if uniform else 0.0
+        for bits in range(PARENT_BITS + 1)
+    ]
+    return Calibrated(
+        kl=constant((weights_kl + rounding).tolist(), like),
+        cost=constant([n / top for n in ladder.bytes_read], like),
+        early_kl=constant(early_kl.tolist(), like),
+        early_cost=constant([n / top for n in early_bytes], like),
+        width_kl=constant([kl + rounding for kl in width_kl], like),
+        by_entropy=constant(need.by_entropy, like),
+        by_average=constant(need.by_average, like),
+        bin_nats=need.bin_nats,
+    )
+
+
+def _activations_kl(layers: Sequence[LayerRecord], record: CalibrationRecord) -> float:
+    """Nats per token that the kernels add to what the weights cost, at any width."""
+    from flexquant_kernels import ops
+
+    int8 = any(layer.kernel.startswith(ops.INT8_KERNELS) for layer in layers)
+    return record.int8_activations[0] if int8 and record.int8_activations else 0.0
+
+
+def _early_share(
+    layers: Sequence[LayerRecord],
+    ladder: Ladder,
+    record: CalibrationRecord,
+    probe_layer: int | None,
+    fused: Mapping[str, Sequence[str]],
+) -> np.ndarray:
+    """Of the KL at each level, fp64 [levels], the part of layers before the probe: sensitivities
+    add up nearly (design, section 5)."""
+    if probe_layer is None:
+        return np.ones(len(ladder))
+    unit_of = {name: unit for unit in record.units for name in unit.layers}
+    sums = np.zeros((2, len(ladder)))
+    for index, layer in enumerate(layers):
+        unit = unit_of.get(parts_of(layer.name, fused)[0])
+        costs = {w: kl for w, (kl, _) in unit.sensitivity.items()} if unit else {}
+        of_width = np.array([costs.get(width, 0.0) for width in range(PARENT_BITS + 1)])
+        sums[int(index >= probe_layer)] += of_width[ladder.widths[:, index].numpy()]
+    return sums[0] / np.maximum(sums.sum(0), 1e-12)
