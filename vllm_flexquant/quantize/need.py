@@ -40,10 +40,10 @@ def _average_before(entropy: torch.Tensor) -> torch.Tensor:
 
 
 def _by_bin(nats: torch.Tensor, need: torch.Tensor) -> tuple[float, ...]:
-    """Mean need in each bin, smoothed over its neighbours, so that every bin has some."""
+    """Mean need in each bin, smoothed over the others by how near they are: every bin has some."""
     number = (nats / BIN_NATS).long().clamp(0, BINS - 1)
     count = torch.bincount(number, minlength=BINS).double()
     total = torch.bincount(number, need.double(), minlength=BINS)
     apart = torch.arange(BINS)[:, None] - torch.arange(BINS)[None, :]
-    near = torch.exp(-apart.square().double() / 2) + 1e-9
+    near = torch.exp(-2.0 * apart.abs().double())
     return tuple(((near @ total) / (near @ count)).tolist())
