@@ -54,12 +54,13 @@ XARGS = {
 
 LOWEST_BITS = 2
 
-Policy = Literal["auto", "budget", "entropy", "progressive", "static", "manual"]
+Policy = Literal["auto", "budget", "entropy", "progressive", "load", "static", "manual"]
 Signal = Literal["probe", "entropy", "both", "none"]
 PINNED = ("static", "manual")
 """Policies whose level does not depend on the step."""
 
 Bits = Annotated[int, Field(ge=LOWEST_BITS, le=PARENT_BITS)]
+Millis = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Nats = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Layout = Annotated[PlaneLayout, BeforeValidator(PlaneLayout.parse)]
 
@@ -115,8 +116,8 @@ class FlexQuantOptions(BaseModel):
 
     policy: Policy = Field(
         "auto",
-        description="budget, entropy, progressive, static or manual; auto: budget for a calibrated "
-        "checkpoint, else entropy",
+        description="budget, entropy, progressive, load, static or manual; auto: budget for a "
+        "calibrated checkpoint, else entropy",
     )
     budget: Nats = Field(
         0.02, description="mean KL per token under policy budget, nats; classes may have their own"
@@ -135,6 +136,14 @@ class FlexQuantOptions(BaseModel):
     )
     default_class: str = Field(
         "balanced", description="class of requests that name none, as `flexquant_class` would"
+    )
+    target_ms: Millis | None = Field(
+        None,
+        description="time per output token that load is kept to, by lower levels when it must be; "
+        "policy load runs at the best level that keeps it",
+    )
+    rank_first: Literal["load", "budget"] = Field(
+        "load", description="which of target_ms and policy budget wins where both cannot be kept"
     )
     progressive_tokens: int = Field(
         256, ge=1, description="tokens over which policy progressive lowers an answer's level"
@@ -210,6 +219,8 @@ class FlexQuantOptions(BaseModel):
                 f"{pinned} {getattr(self, pinned)} has no effect under policy {self.policy}; "
                 "set policy to static or manual, or use min_bits and max_bits"
             )
+        if self.policy == "load" and self.target_ms is None:
+            raise ValueError("policy load has no target; set target_ms, the time per output token")
         if self.default_class not in self.classes:
             raise ValueError(
                 f"default_class {self.default_class} is not one of the classes, which are "
@@ -291,6 +302,8 @@ class PolicyUpdate(BaseModel):
     entropy_decay: float | None = Field(None, ge=0, lt=1)
     hysteresis: float | None = Field(None, ge=0, le=1)
     dwell: int | None = Field(None, ge=1)
+    target_ms: Millis | None = None
+    rank_first: Literal["load", "budget"] | None = None
     progressive_tokens: int | None = Field(None, ge=1)
     progressive_full: int | None = Field(None, ge=0)
     progressive_bits: float | None = None

@@ -75,7 +75,8 @@ def decide(chosen, needs, classes=None, budgets=(0.03,), last=None, make=np.arra
     """The level of the layers after the probe."""
     classes = make(classes or [0] * len(needs), dtype=KINDS[make].int64)
     price = chosen.price(make(needs, dtype=FP64[make]), classes, ledger(budgets, make, **sums))
-    return chosen.later(price, last or level(make=make)).level.item()
+    top = level(make=make).level
+    return chosen.later(price, top, last or level(make=make)).level.item()
 
 
 @pytest.mark.parametrize("budget", [0.002, 0.01, 0.03, 0.1])
@@ -142,6 +143,16 @@ def test_what_is_owed_raises_the_level_and_what_is_left_lowers_it():
     assert decide(policy(), [1.0], balance=[-1e6]) == decide(policy(), [4.0])
 
 
+def test_nothing_runs_above_the_ceiling():
+    ceiling, dear, cheap = level(30).level, np.array([1e4]), np.array([1e-4])
+    for decided in (policy().first, policy().later):
+        assert decided(dear, ceiling, level(20)).level == 30
+        assert decided(cheap, ceiling, level(20)).level == 0
+        assert decided(np.array([-1.0]), ceiling, level(20)).level == 20
+    slow = policy(hysteresis=0.5)
+    assert slow.first(dear, ceiling, level(40)).level == 30  # although so little may not change
+
+
 def test_hysteresis_and_dwell_hold_the_level():
     chosen = policy(hysteresis=0.1)
     wanted = decide(policy(), [1.0])
@@ -158,8 +169,10 @@ def simulate(chosen, budget, needs, actual, entropy=1.5):
     bounds = np.array([2]), np.array([8])
     for foreseen, really in zip(needs, actual, strict=True):
         price = chosen.price(np.array([1.0]), nobody, books)
-        first = chosen.first(price, first)
-        later = chosen.later(chosen.price(np.array([foreseen]), nobody, books), later)
+        first = chosen.first(price, level().level, first)
+        later = chosen.later(
+            chosen.price(np.array([foreseen]), nobody, books), level().level, later
+        )
         kl = chosen.kl(first, later, *bounds)
         spent.append(kl.item() * really)
         books = chosen.book(
@@ -218,7 +231,7 @@ def test_numpy_and_torch_agree(rows, aggregate, balance):
         needs, classes = make(needs, dtype=FP64[make]), make(classes, dtype=kind.int64)
         books = ledger([0.01, 0.03, 0.1], make, balance=balance, spent=[3.0])
         price = chosen.price(needs, classes, books)
-        later = chosen.later(price, level(20, make=make))
+        later = chosen.later(price, level(90, make=make).level, level(20, make=make))
         kl = chosen.kl(level(20, make=make), later, *(make([n]) for n in (2, 8)))
         entropy = make(nats, dtype=kind.float32)
         after = chosen.book(kl, needs, entropy, classes, books)

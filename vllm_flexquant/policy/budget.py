@@ -161,20 +161,25 @@ class BudgetPolicy:
         share = ledger.balance / xp.clip(ledger.asked * self.horizon, 1e-12, None)
         return ledger.price * xp.exp2(-_OCTAVES * xp.clip(share, -1, 1))
 
-    def first(self, price: Array, last: Decision) -> Decision:
-        """The level that the step begins at."""
+    def first(self, price: Array, ceiling: Array, last: Decision) -> Decision:
+        """The level that the step begins at, not above `ceiling`, int32 [1]."""
         known = self.calibrated
-        return self._cheapest(known.cost, known.kl, price, last)
+        return self._cheapest(known.cost, known.kl, price, ceiling, last)
 
-    def later(self, price: Array, last: Decision) -> Decision:
+    def later(self, price: Array, ceiling: Array, last: Decision) -> Decision:
         """The level of the layers after the probe."""
         known = self.calibrated
         cost, kl = known.cost - known.early_cost, known.kl - known.early_kl
-        return self._cheapest(cost, kl, price, last)
+        return self._cheapest(cost, kl, price, ceiling, last)
 
-    def _cheapest(self, cost: Array, kl: Array, price: Array, last: Decision) -> Decision:
-        wanted = integers((cost + price * kl).argmin().reshape(1))
-        return hold(wanted, last, price >= 0, self.levels, self.hysteresis, self.dwell)
+    def _cheapest(
+        self, cost: Array, kl: Array, price: Array, ceiling: Array, last: Decision
+    ) -> Decision:
+        xp = namespace(cost)
+        objective = xp.where(numbers(cost) > ceiling, xp.inf, cost + price * kl)
+        wanted = integers(objective.argmin().reshape(1))
+        found = hold(wanted, last, price >= 0, self.levels, self.hysteresis, self.dwell)
+        return Decision(xp.minimum(found.level, ceiling), found.held)
 
     def kl(self, first: Decision, later: Decision, low: Array, high: Array) -> Array:
         """Mean KL of a step, nats, fp64 [1], whose widths were bounded to low..high bits, [1]."""

@@ -46,6 +46,8 @@ def make_policy(options: FlexQuantOptions, mean_bits: Sequence[float]) -> LevelP
                 f"level {level} is not on the ladder, which has levels 0 to {levels - 1}"
             )
         return FixedPolicy(level)
+    if options.policy == "load":
+        return FixedPolicy(levels - 1)  # what load leaves of it
     if options.policy == "progressive":
         lowest = min(range(levels), key=lambda n: abs(mean_bits[n] - options.progressive_bits))
         return ProgressivePolicy(

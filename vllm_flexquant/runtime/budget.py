@@ -75,6 +75,7 @@ class BudgetControl:
         self.first, self.later, self._last = (self._best_level() for _ in range(3))
         self.price = constant([-1.0], self._like)
         self.bounds = indices([PARENT_BITS, PARENT_BITS], self._like)
+        self.ceiling = self._best_level().level
         self.active = view(torch.zeros(1, dtype=torch.bool, device=device))
         self._rows = self.row_class[:0]
 
@@ -126,7 +127,13 @@ class BudgetControl:
                 values[indices(new, self._like)] = NO_PAST
 
     def begin(
-        self, average: Array, known: Array, classes: Array, rows: Array, low: int, high: int
+        self,
+        average: Array,
+        known: Array,
+        classes: Array,
+        rows: Array,
+        bounds: tuple[int, int],
+        ceiling: int,
     ) -> None:
         """Decide the level that a step begins at, and write all layers' widths.
 
@@ -134,7 +141,8 @@ class BudgetControl:
             average, known: fp32 and bool [n] of the sequences that decode, as `StepSignals`.
             classes: int64 [n], their classes' numbers.
             rows: int64 [n], the row of each in what the forward pass computes.
-            low, high: bounds in bits of every layer in this step.
+            bounds: lowest and highest width in bits of every layer in this step.
+            ceiling: best level that may be decided.
         """
         xp = namespace(average)
         self._rows = rows
@@ -146,9 +154,10 @@ class BudgetControl:
             need = xp.where(known, by_average, need)
         self.scores[rows] = need
         self.price[:] = self.policy.price(need, classes, self.ledger)
-        self._keep(self.first, self.policy.first(self.price, self.first))
+        self.ceiling[:] = ceiling
+        self._keep(self.first, self.policy.first(self.price, self.ceiling, self.first))
         self._keep(self.later, self.first)
-        self.bounds[:] = indices([low, high], average)
+        self.bounds[:] = indices(bounds, average)
         self.active[:] = self.options.signal in ("probe", "both") and self.weight is not None
         self.write(self.first.level, 0, self.bounds)
 
@@ -173,7 +182,7 @@ class BudgetControl:
         price = self.policy.price(scores, classes, self.ledger)
         decides = self.active & (price >= 0)
         self.price[:] = xp.where(decides, price, self.price)
-        later = self.policy.later(price, last)
+        later = self.policy.later(price, self.ceiling, last)
         for name in ("level", "held"):
             chosen, begun = getattr(later, name), getattr(self.first, name)
             getattr(last, name)[:] = xp.where(decides, chosen, getattr(last, name))

@@ -8,11 +8,13 @@ entries; before the one that the probe listens to, `probe` may rewrite the later
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from vllm_flexquant.config import PINNED, FlexQuantOptions, PolicyUpdate
@@ -22,6 +24,7 @@ from vllm_flexquant.policy.arrays import Array, indices, integers, namespace, vi
 from vllm_flexquant.policy.budget import CLASSES
 from vllm_flexquant.policy.choose import make_policy, resolve_policy
 from vllm_flexquant.policy.decision import Decision, LevelPolicy, StepSignals
+from vllm_flexquant.policy.load import MISSED, LoadControl
 from vllm_flexquant.policy.promise import ClassBook, Promise
 from vllm_flexquant.runtime.budget import BudgetControl
 from vllm_flexquant.runtime.ladder import (
@@ -97,6 +100,7 @@ class Controller:
         """Under a pinned policy: the floor with which the table was written last."""
         self._batch: Batch | None = None
         self._decoding: list[int] = []
+        self._clocked, self._began = False, 0.0
         self._trace: deque[StepRecord] = deque(maxlen=options.trace_steps)
         self._entropy_op: Callable[[torch.Tensor], torch.Tensor] | None = None
 
@@ -159,6 +163,8 @@ class Controller:
                 self._tokens,
                 self._write_level,
             )
+        top = self.ladder.bytes_read[-1]
+        self.load = LoadControl(np.array(self.ladder.bytes_read) / max(top, 1))
         self._adopt(self.options)
         self._write(self._bounded(self._full, 0))
 
@@ -172,6 +178,8 @@ class Controller:
         if options.policy != "budget":
             self.policy = make_policy(options, self.ladder.mean_bits)
         self.options = options
+        self.load.aim_at(options.target_ms and options.target_ms / 1e3)
+        self._clocked = options.target_ms is not None
         self._written_floor = None
         if self._pinned:
             assert self.policy is not None
@@ -203,6 +211,8 @@ class Controller:
 
     def before_forward(self, batch: Batch) -> None:
         """Decide the widths of this step and write the table."""
+        if self._clocked:
+            self._clock(batch)
         self._batch = batch
         held = [self.held.get(slot, self._unheld) for slot in batch.slots]
         self._floor_in_force = max((h.floor for h in held), default=0)
@@ -223,10 +233,10 @@ class Controller:
         slots = indices([batch.slots[i] for i in decoding], self._rungs)
         numbers = indices([held[i].number for i in decoding], self._rungs)
         rows = indices([batch.rows[i] for i in decoding], self._rungs)
-        low, high = self._bounds(self._floor_in_force)
+        bounds = self._bounds(self._floor_in_force)
         if self._at_all_bits(batch):
-            low = high = self._widths[-1]
-        self.budget.begin(*self.sequences.of(slots), numbers, rows, low, high)
+            bounds = self._widths[-1], self._widths[-1]
+        self.budget.begin(*self.sequences.of(slots), numbers, rows, bounds, self._ceiling())
 
     def _decide_level(self, batch: Batch) -> None:
         if decoding := self._decoding:
@@ -244,7 +254,26 @@ class Controller:
     def _decide(self, signals: StepSignals) -> None:
         assert self.policy is not None
         decision = self.policy.decide(signals, self.last)
-        self.last.level[:], self.last.held[:] = decision.level, decision.held
+        level = decision.level
+        if not self._pinned:
+            level = namespace(level).clip(level, None, self._ceiling())
+        self.last.level[:], self.last.held[:] = level, decision.held
+
+    def _ceiling(self) -> int:
+        """The best level that load allows for the sequences that decode in this step."""
+        if self.options.rank_first == "budget" and self.policy is None:
+            return len(self.ladder) - 1
+        return self.load.ceiling(len(self._decoding))
+
+    def _clock(self, batch: Batch) -> None:
+        """Book the time from the step before to this one, if the engine did not rest in between."""
+        now = time.perf_counter()
+        before, began, rows = self._batch, self._began, len(self._decoding)
+        self._began = now
+        if before is None or not rows or any(before.prompt):
+            return
+        if not set(before.request_ids).isdisjoint(batch.request_ids):
+            self.load.book(rows, self._level().item(), now - began)
 
     def _write_pinned(self) -> None:
         """The level was decided when the policy was adopted; only a floor can change the table."""
@@ -344,6 +373,7 @@ class Controller:
             "clamped_widths": ops.clamped_calls(),
             "entropy_nats": {request: average[s] for request, s in batch if seen[s]},
             "budget": self._budget_status(),
+            "load": self._load_status(),
             "ladder": {
                 "source": self.ladder.source,
                 "kl_nats": self.ladder.kl_nats and list(self.ladder.kl_nats),
@@ -379,6 +409,17 @@ class Controller:
 
     def _budget_status(self) -> dict[str, Any] | None:
         return None if self.budget is None else self.budget.status(self.classes.names)
+
+    def _load_status(self) -> dict[str, Any] | None:
+        target = self.options.target_ms
+        if target is None:
+            return None
+        return {
+            "target_ms": target,
+            "met": self.load.met,
+            "ceiling": self.load.ceiling(len(self._decoding)),
+            "kept": self.load.met >= 1 - 2 * MISSED,
+        }
 
     def _record(self, batch: Batch) -> None:
         average, seen = self.sequences.average.tolist(), self.sequences.seen.tolist()

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+import numpy as np
+import pytest
+
+from vllm_flexquant.policy.load import LoadControl, StepTimes
+
+COST = np.linspace(0.5, 1.0, 101)
+
+
+def step_time(rows, level, noise=1.0):
+    """Seconds: a fixed part, one by rows, one by bytes."""
+    return (0.004 + 0.0006 * rows + 0.010 * COST[level]) * noise
+
+
+def run(control, rows, steps, seed=0, jitter=0.05):
+    pick = np.random.default_rng(seed)
+    levels, kept = [], []
+    for _ in range(steps):
+        level = control.ceiling(rows)
+        seconds = step_time(rows, level, 1 + jitter * pick.standard_normal())
+        control.book(rows, level, seconds)
+        levels.append(level)
+        kept.append(seconds <= (control.target or np.inf))
+    return levels, np.array(kept)
+
+
+def test_without_a_target_every_step_may_run_at_the_best_level():
+    assert set(run(LoadControl(COST), 4, 20)[0]) == {100}
+
+
+def test_the_first_step_runs_at_the_best_level_and_the_next_know_better():
+    control = LoadControl(COST, target=0.8 * step_time(4, 100))
+    levels, _ = run(control, 4, 30)
+    assert levels[0] == 100
+    assert max(levels[2:]) < 100
+
+
+@pytest.mark.parametrize("share", [0.8, 0.9, 0.97])
+def test_the_target_is_kept_and_no_more_precision_is_given_away_than_needed(share):
+    target = share * step_time(8, 100)
+    control = LoadControl(COST, target)
+    levels, kept = run(control, 8, 400, jitter=0.02)
+    assert kept[50:].mean() >= 0.93
+    assert np.mean([step_time(8, n) for n in levels[50:]]) >= 0.9 * target
+    assert control.met == pytest.approx(kept[-100:].mean(), abs=0.1)
+
+
+def test_a_target_below_what_the_cheapest_level_takes_runs_at_that_level():
+    assert set(run(LoadControl(COST, 0.3 * step_time(1, 0)), 1, 30)[0][1:]) == {0}
+
+
+def test_load_that_comes_and_goes():
+    control = LoadControl(COST, target=0.9 * step_time(16, 100))
+    calm, _ = run(control, 1, 50)
+    busy, kept = run(control, 16, 200)
+    after, _ = run(control, 1, 5)
+    assert set(calm) == {100}
+    assert max(busy[3:]) < 100
+    assert kept[3:].mean() >= 0.9
+    assert after == [100] * 5
+
+
+def test_a_machine_that_slows_down_is_followed():
+    control = LoadControl(COST, target=step_time(4, 60))
+    before, _ = run(control, 4, 200)
+    for _ in range(200):
+        level = control.ceiling(4)
+        control.book(4, level, 1.15 * step_time(4, level))
+    assert control.ceiling(4) < np.mean(before[50:])
+    assert 1.15 * step_time(4, control.ceiling(4)) <= control.target
+
+
+def test_the_line_is_found_once_levels_vary():
+    times = StepTimes()
+    for level in [0, 30, 60, 100] * 30:
+        times.add(COST[level], step_time(2, level))
+    a, b = times.line()
+    assert (a, b) == pytest.approx((0.0052, 0.010), rel=0.05)

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Load: the best level whose steps keep a time per output token.
+
+The time of a decode step is taken for a + b c, where c is the cost of its level (bytes, over those
+of the best level) and a and b depend on the number of rows: recursive least squares per power of
+two of rows, which forgets, so that it follows the machine. Until levels have varied, b comes from
+the prior, which says that half of a step's time is its bytes.
+
+Steps vary, so what is aimed at lies below the target: it falls a little with each step that misses
+and rises less with each that keeps it, until 5 % miss.
+
+On the host, for the time is measured there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+_FORGET = 0.97
+"""Weight of what is known, at each new step."""
+
+_PRIOR_STEPS = 4.0
+"""Steps for which the prior of b stands."""
+
+_SHARE = 0.5
+"""Of a step at the best level, the part that the prior takes to follow its bytes."""
+
+MISSED = 0.05
+"""Share of steps that may miss the target, since steps vary."""
+
+_LEARN = 0.03
+"""How fast what is aimed at follows the share that is missed."""
+
+_LEAST_AIM = 0.6
+_FORGET_MET = 0.98
+
+
+@dataclass
+class StepTimes:
+    """What steps of so many rows (a power of two at most) have taken, as sums for least squares.
+
+    seconds are those of steps at cost c: sums of 1, c, c², t and ct, fading.
+    """
+
+    weight: float = 0.0
+    cost: float = 0.0
+    square: float = 0.0
+    seconds: float = 0.0
+    product: float = 0.0
+
+    def add(self, cost: float, seconds: float) -> None:
+        """Take in a step."""
+        new = (1.0, cost, cost * cost, seconds, cost * seconds)
+        old = (self.weight, self.cost, self.square, self.seconds, self.product)
+        self.weight, self.cost, self.square, self.seconds, self.product = (
+            _FORGET * o + n for o, n in zip(old, new, strict=True)
+        )
+
+    def line(self) -> tuple[float, float]:
+        """a and b, in seconds."""
+        mean_cost, mean = self.cost / self.weight, self.seconds / self.weight
+        # the prior: b is a share of the time that a step at the best level would take
+        prior = mean * _SHARE / (1 - _SHARE + _SHARE * mean_cost)
+        spread = self.square - self.weight * mean_cost**2
+        covered = self.product - self.weight * mean_cost * mean
+        strength = _PRIOR_STEPS * 0.01  # as if so many steps had been 0.1 apart in cost
+        slope = max((covered + strength * prior) / (spread + strength), 0.0)
+        return mean - slope * mean_cost, slope
+
+
+@dataclass
+class LoadControl:
+    """Keeps steps within a target.
+
+    cost: fp64 [levels], of each level over the best one's. target: seconds per output token, which
+    is a step's time. met: share of the steps of late that kept it.
+    """
+
+    cost: np.ndarray
+    target: float | None = None
+    met: float = 1.0
+    aim: float = 0.95
+    times: dict[int, StepTimes] = field(default_factory=dict)
+
+    def aim_at(self, target: float | None) -> None:
+        """Keep another target from now on, None for none; what is known of steps stays."""
+        if target != self.target:
+            self.target, self.met, self.aim = target, 1.0, 0.95
+
+    def book(self, rows: int, level: int, seconds: float) -> None:
+        """Take in a decode step of `rows` at `level`."""
+        self.times.setdefault(_bucket(rows), StepTimes()).add(float(self.cost[level]), seconds)
+        if self.target is not None:
+            kept = float(seconds <= self.target)
+            self.met = _FORGET_MET * self.met + (1 - _FORGET_MET) * kept
+            moved = self.aim + _LEARN * (kept - (1 - MISSED))
+            self.aim = min(max(moved, _LEAST_AIM), 1.0)
+
+    def ceiling(self, rows: int) -> int:
+        """The best level whose step of `rows` is expected to keep the target; 0 if none does."""
+        top = len(self.cost) - 1
+        if self.target is None or not self.times:
+            return top
+        bucket = min(self.times, key=lambda b: (abs(b - _bucket(rows)), -b))
+        a, b = self.times[bucket].line()
+        within = np.flatnonzero(a + b * self.cost <= self.aim * self.target)
+        return int(within[-1]) if len(within) else 0
+
+
+def _bucket(rows: int) -> int:
+    return max(rows - 1, 0).bit_length()
