@@ -135,6 +135,16 @@ def test_the_strictest_class_rules_and_rows_of_none_do_not_count():
     assert decide(policy(), [9.0], [OTHER], last=level(33)) == 33
 
 
+@pytest.mark.parametrize("aggregate", ["mean", "quantile", "max"])
+@pytest.mark.parametrize("make", KINDS)
+def test_without_any_row_the_level_stays(aggregate, make):
+    nobody = make([], dtype=FP64[make]), make([], dtype=KINDS[make].int64)
+    chosen = policy(make, aggregate=aggregate)
+    price = chosen.price(*nobody, ledger([0.03], make))
+    assert price.tolist() == [-1.0]
+    assert chosen.first(price, level(make=make).level, level(42, make=make)).level.item() == 42
+
+
 def test_what_is_owed_raises_the_level_and_what_is_left_lowers_it():
     even = decide(policy(), [1.0])
     assert decide(policy(), [1.0], balance=[-4.0]) > even

@@ -224,3 +224,33 @@ def kernels(
 
     for line in report(build):
         typer.echo(line)
+
+
+@app.command()
+def trace(
+    out: Annotated[Path, typer.Argument(help="File to write, .npz.")],
+    url: Annotated[str, typer.Option(help="The server.")] = "http://localhost:8000",
+    api_key: Annotated[
+        str, typer.Option(envvar="VLLM_API_KEY", help="As `vllm serve --api-key`.")
+    ] = "",
+) -> None:
+    """Fetch what a server recorded of its last steps (its option trace_steps says how many)."""
+    from vllm_flexquant.cli.trace import fetch
+
+    typer.echo(fetch(url, api_key, out))
+
+
+@app.command()
+def replay(
+    recorded: Annotated[Path, typer.Argument(help="File of `flexquant trace`.")],
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="OPTION=VALUE that differs from the recorded; repeatable."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Decide recorded steps again, by the recorded policy or by another one."""
+    from vllm_flexquant.cli.trace import replayed
+
+    for line in replayed(recorded, changes or [], as_json):
+        typer.echo(line)

@@ -29,6 +29,11 @@ def view(tensor: torch.Tensor) -> Array:
     return tensor.numpy() if tensor.device.type == "cpu" else tensor
 
 
+def host(values: Array) -> np.ndarray:
+    """A copy in NumPy; waits for a GPU."""
+    return values.cpu().numpy() if isinstance(values, torch.Tensor) else values.copy()
+
+
 def integers(values: Array) -> Array:
     """As int32."""
     return values.to(torch.int32) if isinstance(values, torch.Tensor) else values.astype(np.int32)

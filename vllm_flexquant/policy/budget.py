@@ -141,6 +141,8 @@ class BudgetPolicy:
             classes: int64 [rows].
         """
         xp = namespace(ledger.asked)
+        if len(need) == 0:
+            return xp.full_like(ledger.asked[:1], -1.0)
         need = xp.clip(xp.nan_to_num(need, nan=_MOST_NEED), 0, _MOST_NEED)
         member = classes[None, :] == numbers(ledger.asked)[:, None]
         count = member.sum(1)

@@ -40,6 +40,16 @@ class LevelPolicy(Protocol):
     def decide(self, signals: StepSignals, last: Decision) -> Decision: ...
 
 
+def decide_below(
+    policy: LevelPolicy, signals: StepSignals, last: Decision, ceiling: int | None
+) -> Decision:
+    """What `policy` decides, but not above `ceiling`."""
+    decision = policy.decide(signals, last)
+    if ceiling is None:
+        return decision
+    return Decision(namespace(decision.level).clip(decision.level, None, ceiling), decision.held)
+
+
 def hold(
     wanted: Array, last: Decision, may: Array, levels: int, hysteresis: float, dwell: int
 ) -> Decision:

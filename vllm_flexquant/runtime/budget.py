@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -30,11 +30,27 @@ from vllm_flexquant.runtime.table import LayerRecord
 
 logger = init_logger(f"vllm.{__name__}")
 
+Figures = dict[str, Any]
+"""Fields of `Calibrated`, as lists of numbers."""
+
 WriteWidths = Callable[[Array, int, Array], None]
 """Level [1], the first layer to write, lowest and highest width in bits [2]."""
 
 _NO_NEED = NeedRecord(bin_nats=1.0, by_entropy=(1.0,), by_average=(1.0,))
 """Without figures of calibration, every token is taken for an average one."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """score = exp(x · weight + bias), of what the layer with index `layer` in the table is given.
+
+    weight: fp32 [H].
+    """
+
+    name: str
+    layer: int
+    weight: torch.Tensor
+    bias: float
 
 
 class BudgetControl:
@@ -47,25 +63,17 @@ class BudgetControl:
     def __init__(
         self,
         device: torch.device,
-        layers: Sequence[LayerRecord],
-        ladder: Ladder,
-        record: CalibrationRecord,
-        fused: Mapping[str, Sequence[str]],
+        figures: Figures,
+        listening: Probe | None,
         tokens: int,
         write: WriteWidths,
     ) -> None:
         """`tokens`: rows of a forward pass at most."""
-        self.record, self.write, self.levels = record, write, len(ladder)
-        self.probe_layer = _probe_layer(layers, record, fused)
-        self.weight: torch.Tensor | None = None
-        self.probe_name: str | None = None
-        if self.probe_layer is not None and record.probe is not None:
-            self.probe_name = record.probe.layer
-            self.weight = torch.tensor(record.probe.weight, device=device)
-            self.bias = record.probe.bias
+        self.figures, self.listening, self.write = figures, listening, write
+        self.levels = len(figures["kl"])
         self._like = view(torch.zeros(1, dtype=torch.float64, device=device))
-        self.calibrated = _calibrated(layers, ladder, record, self.probe_layer, fused, self._like)
-        self._plain = _calibrated(layers, ladder, record, self.probe_layer, fused, np.zeros(1))
+        self.calibrated = _calibrated(figures, self._like)
+        self._plain = _calibrated(figures, np.zeros(1))
         self._asked: dict[int, float] = {}
         nothing = [0.0] * CLASSES
         self.ledger = Ledger(**{f.name: constant(nothing, self._like) for f in fields(Ledger)})
@@ -78,6 +86,7 @@ class BudgetControl:
         self.ceiling = self._best_level().level
         self.active = view(torch.zeros(1, dtype=torch.bool, device=device))
         self._rows = self.row_class[:0]
+        self.probed = False
 
     def _best_level(self) -> Decision:
         like = self._like
@@ -145,7 +154,7 @@ class BudgetControl:
             ceiling: best level that may be decided.
         """
         xp = namespace(average)
-        self._rows = rows
+        self._rows, self.probed = rows, False
         self.row_class[:] = OTHER
         self.row_class[rows] = classes
         need = xp.ones_like(self.scores[rows])
@@ -158,7 +167,7 @@ class BudgetControl:
         self._keep(self.first, self.policy.first(self.price, self.ceiling, self.first))
         self._keep(self.later, self.first)
         self.bounds[:] = indices(bounds, average)
-        self.active[:] = self.options.signal in ("probe", "both") and self.weight is not None
+        self.active[:] = self.options.signal in ("probe", "both") and self.listening is not None
         self.write(self.first.level, 0, self.bounds)
 
     def probe(self, x: torch.Tensor) -> None:
@@ -169,15 +178,18 @@ class BudgetControl:
         Args:
             x: [rows, H], what the probe's layer is given.
         """
-        if self.weight is None:
-            return
+        listening = self.listening
         on_host = isinstance(self.row_class, np.ndarray)
-        if on_host and not (self.active[0] and len(self._rows)):
+        if listening is None or (on_host and not (self.active[0] and len(self._rows))):
             return
-        classes = self.row_class[: len(x)]
-        score = view(torch.exp(torch.mv(x.float(), self.weight) + self.bias))
+        self.decide(view(torch.exp(torch.mv(x.float(), listening.weight) + listening.bias)))
+
+    def decide(self, score: Array) -> None:
+        """Decide the layers after the probe by the scores of the forward pass's rows, fp32."""
         xp = namespace(score)
-        scores, last = self.scores[: len(x)], self._last
+        self.probed = True
+        classes = self.row_class[: len(score)]
+        scores, last = self.scores[: len(score)], self._last
         scores[:] = xp.where(self.active & (classes != OTHER), score, scores)
         price = self.policy.price(scores, classes, self.ledger)
         decides = self.active & (price >= 0)
@@ -187,8 +199,8 @@ class BudgetControl:
             chosen, begun = getattr(later, name), getattr(self.first, name)
             getattr(last, name)[:] = xp.where(decides, chosen, getattr(last, name))
             getattr(self.later, name)[:] = xp.where(decides, chosen, begun)
-        assert self.probe_layer is not None
-        self.write(self.later.level, self.probe_layer, self.bounds)
+        first = self.listening.layer if self.listening else 0
+        self.write(self.later.level, first, self.bounds)
 
     def row_scores(self) -> Array:
         """fp64 [n], what each sequence of the step was taken to need."""
@@ -217,9 +229,7 @@ class BudgetControl:
         plain = {name: values.tolist() for name, values in figures.items()}
         return {
             "best_nats": best,
-            "probe": self.record.probe.layer
-            if self.weight is not None and self.record.probe
-            else None,
+            "probe": self.listening.name if self.listening else None,
             "classes": {
                 name: {figure: values[number] for figure, values in plain.items()}
                 | {"can_be_met": plain["asked_nats"][number] >= best}
@@ -227,34 +237,39 @@ class BudgetControl:
             },
         }
 
+    def state(self) -> dict[str, Any]:
+        """All that the next step depends on, as plain values (syncs a GPU)."""
+        books = {f.name: getattr(self.ledger, f.name).tolist() for f in fields(Ledger)}
+        levels = {
+            name: [part.item() for part in (decision.level, decision.held)]
+            for name, decision in self._decisions().items()
+        }
+        return {"ledger": books, "levels": levels, "asked": self._asked}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` returned."""
+        for name, values in state["ledger"].items():
+            getattr(self.ledger, name)[:] = constant(values, self._like)
+        for name, decision in self._decisions().items():
+            decision.level[:], decision.held[:] = state["levels"][name]
+        self._asked = {int(number): budget for number, budget in state["asked"].items()}
+
+    def _decisions(self) -> dict[str, Decision]:
+        return {"first": self.first, "later": self.later, "last": self._last}
+
     @staticmethod
     def _keep(buffer: Decision, decision: Decision) -> None:
         buffer.level[:], buffer.held[:] = decision.level, decision.held
 
 
-def _probe_layer(
-    layers: Sequence[LayerRecord],
-    record: CalibrationRecord,
-    fused: Mapping[str, Sequence[str]],
-) -> int | None:
-    """Index of the layer whose input the probe reads, None where it is on another rank."""
-    if record.probe is None:
-        return None
-    for index, layer in enumerate(layers):
-        if record.probe.layer in parts_of(layer.name, fused):
-            return index
-    return None
-
-
-def _calibrated(
+def read_figures(
     layers: Sequence[LayerRecord],
     ladder: Ladder,
     record: CalibrationRecord,
     probe_layer: int | None,
     fused: Mapping[str, Sequence[str]],
-    like: Array,
-) -> Calibrated:
-    """As the policy has it, from what calibration wrote."""
+) -> Figures:
+    """What the policy is told of this rank's ladder, from what calibration wrote."""
     assert ladder.kl_nats is not None
     need = record.need or _NO_NEED
     weights_kl = np.array(ladder.kl_nats)
@@ -269,16 +284,40 @@ def _calibrated(
         uniform[min((w for w in uniform if w >= bits), default=max(uniform))] if uniform else 0.0
         for bits in range(PARENT_BITS + 1)
     ]
+    return {
+        "kl": (weights_kl + rounding).tolist(),
+        "cost": [n / top for n in ladder.bytes_read],
+        "early_kl": early_kl.tolist(),
+        "early_cost": [n / top for n in early_bytes],
+        "width_kl": [kl + rounding for kl in width_kl],
+        "by_entropy": list(need.by_entropy),
+        "by_average": list(need.by_average),
+        "bin_nats": need.bin_nats,
+    }
+
+
+def _calibrated(figures: Figures, like: Array) -> Calibrated:
+    """`figures` as arrays beside `like`."""
+    values = {f.name: figures[f.name] for f in fields(Calibrated)}
     return Calibrated(
-        kl=constant((weights_kl + rounding).tolist(), like),
-        cost=constant([n / top for n in ladder.bytes_read], like),
-        early_kl=constant(early_kl.tolist(), like),
-        early_cost=constant([n / top for n in early_bytes], like),
-        width_kl=constant([kl + rounding for kl in width_kl], like),
-        by_entropy=constant(need.by_entropy, like),
-        by_average=constant(need.by_average, like),
-        bin_nats=need.bin_nats,
+        **{n: constant(v, like) if isinstance(v, list) else v for n, v in values.items()}
     )
+
+
+def listen(
+    device: torch.device,
+    layers: Sequence[LayerRecord],
+    record: CalibrationRecord,
+    fused: Mapping[str, Sequence[str]],
+) -> Probe | None:
+    """The checkpoint's probe, None if it has none or listens to a layer on another rank."""
+    if record.probe is None:
+        return None
+    for index, layer in enumerate(layers):
+        if record.probe.layer in parts_of(layer.name, fused):
+            weight = torch.tensor(record.probe.weight, device=device)
+            return Probe(record.probe.layer, index, weight, record.probe.bias)
+    return None
 
 
 def _activations_kl(layers: Sequence[LayerRecord], record: CalibrationRecord) -> float:

@@ -20,13 +20,14 @@ import torch
 from vllm_flexquant.config import PINNED, FlexQuantOptions, PolicyUpdate
 from vllm_flexquant.format.layout import PARENT_BITS, width_at_least, width_at_most
 from vllm_flexquant.format.record import CalibrationRecord
-from vllm_flexquant.policy.arrays import Array, indices, integers, namespace, view
+from vllm_flexquant.policy.arrays import Array, host, indices, integers, namespace, view
 from vllm_flexquant.policy.budget import CLASSES
 from vllm_flexquant.policy.choose import make_policy, resolve_policy
-from vllm_flexquant.policy.decision import Decision, LevelPolicy, StepSignals
+from vllm_flexquant.policy.decision import Decision, LevelPolicy, StepSignals, decide_below
 from vllm_flexquant.policy.load import MISSED, LoadControl
 from vllm_flexquant.policy.promise import ClassBook, Promise
-from vllm_flexquant.runtime.budget import BudgetControl
+from vllm_flexquant.policy.trace import Recorder, Step
+from vllm_flexquant.runtime.budget import BudgetControl, listen, read_figures
 from vllm_flexquant.runtime.ladder import (
     Ladder,
     build_ladder,
@@ -100,8 +101,9 @@ class Controller:
         """Under a pinned policy: the floor with which the table was written last."""
         self._batch: Batch | None = None
         self._decoding: list[int] = []
-        self._clocked, self._began = False, 0.0
+        self._clocked, self._began, self._seconds = False, time.perf_counter(), 0.0
         self._trace: deque[StepRecord] = deque(maxlen=options.trace_steps)
+        self._recorder = Recorder(options.trace_steps) if options.trace_steps else None
         self._entropy_op: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     # ---- set-up
@@ -154,14 +156,11 @@ class Controller:
         self._entropy_op = torch.ops.flexquant.entropy
         self.last.level[:] = len(self.ladder) - 1
         if calibration is not None and self.ladder.kl_nats is not None:
+            listening = listen(self.device, layers, calibration, fused or {})
+            probe_layer = listening.layer if listening else None
+            figures = read_figures(layers, self.ladder, calibration, probe_layer, fused or {})
             self.budget = BudgetControl(
-                self.device,
-                layers,
-                self.ladder,
-                calibration,
-                fused or {},
-                self._tokens,
-                self._write_level,
+                self.device, figures, listening, self._tokens, self._write_level
             )
         top = self.ladder.bytes_read[-1]
         self.load = LoadControl(np.array(self.ladder.bytes_read) / max(top, 1))
@@ -179,8 +178,10 @@ class Controller:
             self.policy = make_policy(options, self.ladder.mean_bits)
         self.options = options
         self.load.aim_at(options.target_ms and options.target_ms / 1e3)
-        self._clocked = options.target_ms is not None
+        self._clocked = options.target_ms is not None or self._recorder is not None
         self._written_floor = None
+        if self._recorder is not None:
+            self._recorder.clear()
         if self._pinned:
             assert self.policy is not None
             slots = indices([], self._rungs)
@@ -189,6 +190,8 @@ class Controller:
     def _ask(self, new: Sequence[int] = ()) -> None:
         if self.budget is not None:
             self.budget.ask(self.classes.budgets, new)
+            if self._recorder is not None:
+                self._recorder.ask(self.classes.budgets, new)
 
     # ---- requests
 
@@ -219,45 +222,55 @@ class Controller:
         self._decoding = [i for i, prompt in enumerate(batch.prompt) if not prompt]
         if self._pinned:
             self._write_pinned()
-        elif self.policy is None:
-            self._begin(batch, held)
         else:
-            self._decide_level(batch)
+            self._decide_step(batch, held)
         if self.options.trace_steps:
             self._record(batch)
         self.steps += 1
 
-    def _begin(self, batch: Batch, held: Sequence[Held]) -> None:
-        assert self.budget is not None
-        decoding = self._decoding
-        slots = indices([batch.slots[i] for i in decoding], self._rungs)
-        numbers = indices([held[i].number for i in decoding], self._rungs)
-        rows = indices([batch.rows[i] for i in decoding], self._rungs)
-        bounds = self._bounds(self._floor_in_force)
-        if self._at_all_bits(batch):
-            bounds = self._widths[-1], self._widths[-1]
-        self.budget.begin(*self.sequences.of(slots), numbers, rows, bounds, self._ceiling())
+    def _decide_step(self, batch: Batch, held: Sequence[Held]) -> None:
+        decoding, like = self._decoding, self._rungs
+        average, known = self.sequences.of(indices([batch.slots[i] for i in decoding], like))
+        numbers = indices([held[i].number for i in decoding], like)
+        positions = indices([batch.positions[i] for i in decoding], like)
+        low, high = self._bounds(self._floor_in_force)
+        if self.options.prefill == "full" and len(decoding) < len(batch.slots):
+            low = high
+        ceiling = self._ceiling()
+        if self._recorder is not None:
+            step = Step(
+                average=host(average),
+                known=host(known),
+                classes=host(numbers),
+                position=host(positions),
+                low=low,
+                high=high,
+                ceiling=ceiling,
+                seconds=self._seconds,
+            )
+            self._recorder.add(step, self._state() if self._recorder.wants_state else None)
+        if self.policy is None:
+            assert self.budget is not None
+            rows_of_x = indices([batch.rows[i] for i in decoding], like)
+            self.budget.begin(average, known, numbers, rows_of_x, (low, high), ceiling)
+            return
+        if decoding:
+            self._decide(StepSignals(average, known, positions), ceiling)
+        if self._recorder is not None:
+            self._recorder.last.first = self._recorder.last.level = self.last.level.item()
+        widths = self._rungs[self.last.level][0]
+        self._write(namespace(widths).clip(widths, low, high))
 
-    def _decide_level(self, batch: Batch) -> None:
-        if decoding := self._decoding:
-            slots = indices([batch.slots[i] for i in decoding], self._rungs)
-            positions = indices([batch.positions[i] for i in decoding], self._rungs)
-            self._decide(StepSignals(*self.sequences.of(slots), positions))
-        if self._at_all_bits(batch):
-            self._write(self._bounded(self._full, self._floor_in_force))
-        else:
-            self._write(self._bounded(self._rungs[self.last.level][0], self._floor_in_force))
+    def _state(self) -> dict[str, Any]:
+        """What the next decision depends on beside its step."""
+        if self.policy is None and self.budget is not None:
+            return self.budget.state()
+        return {"last": [self.last.level.item(), self.last.held.item()]}
 
-    def _at_all_bits(self, batch: Batch) -> bool:
-        return self.options.prefill == "full" and len(self._decoding) < len(batch.slots)
-
-    def _decide(self, signals: StepSignals) -> None:
+    def _decide(self, signals: StepSignals, ceiling: int | None = None) -> None:
         assert self.policy is not None
-        decision = self.policy.decide(signals, self.last)
-        level = decision.level
-        if not self._pinned:
-            level = namespace(level).clip(level, None, self._ceiling())
-        self.last.level[:], self.last.held[:] = level, decision.held
+        decision = decide_below(self.policy, signals, self.last, ceiling)
+        self.last.level[:], self.last.held[:] = decision.level, decision.held
 
     def _ceiling(self) -> int:
         """The best level that load allows for the sequences that decode in this step."""
@@ -269,7 +282,7 @@ class Controller:
         """Book the time from the step before to this one, if the engine did not rest in between."""
         now = time.perf_counter()
         before, began, rows = self._batch, self._began, len(self._decoding)
-        self._began = now
+        self._began, self._seconds = now, now - began
         if before is None or not rows or any(before.prompt):
             return
         if not set(before.request_ids).isdisjoint(batch.request_ids):
@@ -311,6 +324,8 @@ class Controller:
             if len(self._decoding) < len(batch.slots):
                 own = entropy[indices(self._decoding, self._rungs)]
             self.budget.book(own)
+            if self._recorder is not None and len(self._recorder):
+                self._recorder.last.entropy, self._recorder.last.booked = host(own), True
         if self.options.trace_steps and self._trace:
             self._finish_record(entropy)
 
@@ -394,6 +409,25 @@ class Controller:
             ],
         }
 
+    def steps_trace(self) -> bytes:
+        """The last `trace_steps` steps as the content of a file that `flexquant replay` reads.
+
+        Raises:
+            ValueError: nothing is recorded.
+        """
+        if self._recorder is None:
+            raise ValueError("no steps are recorded; start the server with trace_steps, say 10000")
+        if self._pinned:
+            raise ValueError(f"policy {self.options.policy} decides nothing; choose another one")
+        header = {
+            "options": self.options.model_dump(mode="json") | {"layout": str(self.options.layout)},
+            "mean_bits": list(self.ladder.mean_bits),
+            "cost": [n / self.ladder.bytes_read[-1] for n in self.ladder.bytes_read],
+            "figures": self.budget and self.budget.figures,
+            "probe_layer": self.budget and self.budget.listening and self.budget.listening.layer,
+        }
+        return self._recorder.trace(header).dump()
+
     def trace(self, clear: bool = False) -> list[dict[str, Any]]:
         """The last `trace_steps` steps, oldest first, as the fields of `StepRecord`."""
         records = [vars(record) for record in self._trace]
@@ -439,6 +473,12 @@ class Controller:
         record = self._trace[-1]
         record.entropy = entropy.tolist()
         if self.policy is None and self.budget is not None:
+            if self._recorder is not None and len(self._recorder):
+                step = self._recorder.last
+                step.first = self.budget.first.level.item()
+                step.level = self.budget.later.level.item()
+                step.probed = self.budget.probed
+                step.scores = host(self.budget.row_scores())
             record.first_level = self.budget.first.level.item()
             record.level = self.budget.later.level.item()
             record.widths = self._written.tolist()

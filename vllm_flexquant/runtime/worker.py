@@ -77,17 +77,17 @@ class FlexWorkerMixin:
     def _install_probe(self) -> None:
         """Let the layer that the probe listens to call it, where this rank has that layer."""
         controller = self._config.controller
-        budget = controller.budget
-        if budget is None or budget.weight is None:
+        listening = None if controller.budget is None else controller.budget.listening
+        if listening is None:
             return
         probe.connect(controller)
         for layer in self.model_runner.model.modules():
             method = getattr(layer, "quant_method", None)
-            if isinstance(method, FlexLinearMethod) and method.index == budget.probe_layer:
+            if isinstance(method, FlexLinearMethod) and method.index == listening.layer:
                 columns = layer.flexquant_columns
-                if columns != len(budget.weight):
+                if columns != len(listening.weight):
                     raise ValueError(
-                        f"the probe of flexquant.json reads {len(budget.weight)} numbers, but "
+                        f"the probe of flexquant.json reads {len(listening.weight)} numbers, but "
                         f"{method.prefix} is given {columns}; copy the checkpoint again"
                     )
                 method.probes = True
@@ -150,6 +150,13 @@ class FlexWorkerMixin:
     def flexquant_trace(self, clear: bool = False) -> list[dict[str, Any]]:
         """As `Controller.trace`."""
         return self._config.controller.trace(clear)
+
+    def flexquant_steps_trace(self) -> bytes | str:
+        """As `Controller.steps_trace`; the reason as text if there is none."""
+        try:
+            return self._config.controller.steps_trace()
+        except ValueError as error:
+            return str(error)
 
 
 def _errors_of_all_ranks(layers: list) -> dict[str, WeightError]:

@@ -7,7 +7,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 
 from vllm_flexquant.config import METHOD, PolicyUpdate
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from vllm.engine.protocol import EngineClient
 
 PATH = f"/v1/{METHOD}"
+TRACE_PATH = f"{PATH}/trace"
 
 
 class FlexQuantEndpoint:
@@ -29,6 +30,7 @@ class FlexQuantEndpoint:
     def attach_router(self, app: FastAPI) -> None:
         app.add_api_route(PATH, self.show, methods=["GET"])
         app.add_api_route(PATH, self.change, methods=["POST"])
+        app.add_api_route(TRACE_PATH, self.trace, methods=["GET"])
 
     async def init_state(
         self, engine_client: EngineClient | None, state: State, args: Namespace
@@ -65,6 +67,16 @@ class FlexQuantEndpoint:
         if reason := next((r for r in reasons if r), ""):
             return _refusal(400, reason)
         return await self.show(request)
+
+    async def trace(self, request: Request) -> Response:
+        """The recorded steps as a file for `flexquant replay`, of the rank that sees logits."""
+        engine = _engine(request)
+        if engine is None:
+            return _refusal(404, "this server does not run a flexquant model")
+        found = (await engine.collective_rpc("flexquant_steps_trace"))[-1]
+        if isinstance(found, str):
+            return _refusal(400, found)
+        return Response(found, media_type="application/octet-stream")
 
 
 def _engine(request: Request) -> Any:
