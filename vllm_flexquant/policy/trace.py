@@ -92,7 +92,7 @@ class Trace:
         text = json.dumps({"format": FORMAT} | self.header | {"asks": asks}).encode()
         content = io.BytesIO()
         arrays["header"] = np.frombuffer(text, np.uint8)
-        np.savez_compressed(content, allow_pickle=False, **arrays)  # type: ignore[arg-type]
+        np.savez_compressed(content, allow_pickle=False, **arrays)
         return content.getvalue()
 
     @classmethod
