@@ -99,9 +99,11 @@ class Engine:
 
     def set_width(self, width: int | None) -> None:
         """Run all layers at `width` bits from the next step on; None: not a flexquant engine."""
-        if width is None:
-            return
-        change = {"policy": "static", "width": width}
+        if width is not None:
+            self.set_policy({"policy": "static", "width": width})
+
+    def set_policy(self, change: dict[str, Any]) -> None:
+        """As `POST /v1/flexquant`, from the next step on."""
         if reason := self.llm.collective_rpc("flexquant_update", args=(change,))[0]:
             raise RuntimeError(f"{self.spec.name} refused {change}: {reason}")
 

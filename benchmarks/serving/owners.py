@@ -33,8 +33,9 @@ OWNERS = {
     "sampling": "sampler and vLLM's own logits processors",
     "flexquant: batch facts": "hook before the forward pass: who is in the batch",
     "flexquant: decision": "policy and precision table",
+    "flexquant: probe": "score of the rows, price, later levels",
     "flexquant: entropy": "entropy of the logits",
-    "flexquant: averages": "averages per sequence",
+    "flexquant: averages": "averages per sequence, accounts of policy budget",
     "runner: rest": "inputs, attention metadata, bookkeeping of the model runner",
     "scheduler": "scheduler",
     STEP: "the rest of the engine: requests in, tokens out",
@@ -141,6 +142,7 @@ def install(clock: Clock, core: Any, llm_engine: Any, runner: Any) -> None:
         return
     clock.put_around(runner, "_model_forward", "flexquant: batch facts")
     clock.put_around(controller, "before_forward", "flexquant: decision")
+    clock.put_around(controller, "probe", "flexquant: probe")
     clock.put_around(controller, "_entropy_op", "flexquant: entropy")
     for processor in runner.input_batch.logitsprocs.all:
         if type(processor).__module__.startswith("vllm_flexquant."):

@@ -279,3 +279,32 @@ def test_compiled_code_keeps_the_probe_before_the_layers_that_it_decides():
         made.table.widths.fill_(4 if log > 0 else 8)  # what is not rewritten shows
         made.budget.later.level[:] = 0
         torch.testing.assert_close(compiled(x), expected)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"signal": "both"}, {"signal": "none"}, {"policy": "entropy"}]
+)
+def test_on_tensors_as_on_a_gpu_the_same_is_decided(options, monkeypatch):
+    """What a GPU runs, on the CPU's tensors: in torch, without NumPy's views of them."""
+    pick = np.random.default_rng(1)
+    steps = [
+        (sorted(pick.choice(list("abcd"), size=n, replace=False)), 0.6 * pick.standard_normal(n))
+        for n in pick.integers(1, 5, size=60)
+    ]
+
+    def run():
+        made = controller(entropy_low=2.0, entropy_high=3.5, **options)
+        made.admit(2, {"flexquant_class": "fast"})
+        widths = [
+            step(made, ids, logs=logs.tolist(), entropy=float(1 + logs[0])) for ids, logs in steps
+        ]
+        accounts = made.status()["budget"]["classes"]
+        return widths, {name: account["booked_nats"] for name, account in accounts.items()}
+
+    own, booked = run()
+    for module in ("budget", "controller", "sequences"):
+        monkeypatch.setattr(f"vllm_flexquant.runtime.{module}.view", lambda tensor: tensor)
+    on_tensors, booked_on_tensors = run()
+    assert on_tensors == own
+    assert booked_on_tensors == pytest.approx(booked)
+    assert len({tuple(after) for _, after in own}) >= 2

@@ -33,8 +33,9 @@ logger = init_logger(f"vllm.{__name__}")
 Figures = dict[str, Any]
 """Fields of `Calibrated`, as lists of numbers."""
 
-WriteWidths = Callable[[Array, int, Array], None]
-"""Level [1], the first layer to write, lowest and highest width in bits [2]."""
+WriteWidths = Callable[[Array, int, Array, Array | None], None]
+"""Level [1], the first layer to write, lowest and highest width in bits [2], and whether to write
+at all, bool [1] (None: yes)."""
 
 _NO_NEED = NeedRecord(bin_nats=1.0, by_entropy=(1.0,), by_average=(1.0,))
 """Without figures of calibration, every token is taken for an average one."""
@@ -168,7 +169,7 @@ class BudgetControl:
         self._keep(self.later, self.first)
         self.bounds[:] = indices(bounds, average)
         self.active[:] = self.options.signal in ("probe", "both") and self.listening is not None
-        self.write(self.first.level, 0, self.bounds)
+        self.write(self.first.level, 0, self.bounds, None)
 
     def probe(self, x: torch.Tensor) -> None:
         """Score the rows of a forward pass and decide the layers after the probe.
@@ -200,7 +201,7 @@ class BudgetControl:
             getattr(last, name)[:] = xp.where(decides, chosen, getattr(last, name))
             getattr(self.later, name)[:] = xp.where(decides, chosen, begun)
         first = self.listening.layer if self.listening else 0
-        self.write(self.later.level, first, self.bounds)
+        self.write(self.later.level, first, self.bounds, self.active)
 
     def row_scores(self) -> Array:
         """fp64 [n], what each sequence of the step was taken to need."""

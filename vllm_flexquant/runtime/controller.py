@@ -346,11 +346,19 @@ class Controller:
         low, high = self._bounds(floor)
         return namespace(widths).clip(widths, low, high)
 
-    def _write_level(self, level: Array, first: int, bounds: Array) -> None:
-        """Give layers from `first` on the widths of `level`, int32 [1], within `bounds`, [2]."""
+    def _write_level(
+        self, level: Array, first: int, bounds: Array, writes: Array | None = None
+    ) -> None:
+        """Give layers from `first` on the widths of `level`, int32 [1], within `bounds`, [2].
+
+        Args:
+            writes: bool [1], False to leave the table as it is.
+        """
         xp = namespace(level)
-        wanted = self._rungs[level][0, first:]
-        self._write(xp.minimum(xp.maximum(wanted, bounds[0]), bounds[1]), first)
+        wanted = xp.minimum(xp.maximum(self._rungs[level][0, first:], bounds[0]), bounds[1])
+        if writes is not None:
+            wanted = xp.where(writes, wanted, self._written[first:])
+        self._write(wanted, first)
 
     def _write(self, widths: Array, first: int = 0) -> None:
         if self._pruned:
