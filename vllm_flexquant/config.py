@@ -140,7 +140,7 @@ class FlexQuantOptions(BaseModel):
     target_ms: Millis | None = Field(
         None,
         description="time per output token that load is kept to, by lower levels when it must be; "
-        "policy load runs at the best level that keeps it",
+        "policy load runs at the best level that keeps it; syncs a GPU",
     )
     rank_first: Literal["load", "budget"] = Field(
         "load", description="which of target_ms and policy budget wins where both cannot be kept"

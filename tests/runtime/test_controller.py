@@ -138,6 +138,8 @@ def test_a_refused_update_changes_nothing():
         ({"width": 5}, "width 5 is not in layout"),
         ({"min_bits": 8, "max_bits": 4}, "min_bits 8 is above max_bits 4"),
         ({"policy": "guess"}, "option 'policy' is 'guess'"),
+        ({"policy": "budget"}, "policy budget needs a calibrated checkpoint"),
+        ({"policy": "load"}, "policy load has no target"),
         ({"layout": "2|2|4"}, "unknown option 'layout'; options that can be changed are policy"),
     ):
         with pytest.raises(ValueError, match=message) as error:

@@ -76,6 +76,7 @@ class BudgetControl:
         self.calibrated = _calibrated(figures, self._like)
         self._plain = _calibrated(figures, np.zeros(1))
         self._asked: dict[int, float] = {}
+        self._prices: dict[float, float] = {}
         nothing = [0.0] * CLASSES
         self.ledger = Ledger(**{f.name: constant(nothing, self._like) for f in fields(Ledger)})
         self.ledger.needed[:] = self.ledger.foreseen[:] = NO_PAST
@@ -117,7 +118,9 @@ class BudgetControl:
         asked, price = [0.0] * CLASSES, [0.0] * CLASSES
         for number, budget in budgets.items():
             asked[number] = budget
-            price[number] = price_of(budget, self._plain)
+            if budget not in self._prices:
+                self._prices[budget] = price_of(budget, self._plain)
+            price[number] = self._prices[budget]
         best = float(self._plain.kl.min())
         for number in anew:
             if 0 < asked[number] < best:
@@ -183,7 +186,8 @@ class BudgetControl:
         on_host = isinstance(self.row_class, np.ndarray)
         if listening is None or (on_host and not (self.active[0] and len(self._rows))):
             return
-        self.decide(view(torch.exp(torch.mv(x.float(), listening.weight) + listening.bias)))
+        rows = x[: len(self.row_class)].float()
+        self.decide(view(torch.exp(torch.mv(rows, listening.weight) + listening.bias)))
 
     def decide(self, score: Array) -> None:
         """Decide the layers after the probe by the scores of the forward pass's rows, fp32."""

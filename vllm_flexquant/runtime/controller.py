@@ -169,13 +169,14 @@ class Controller:
 
     def _adopt(self, options: FlexQuantOptions) -> None:
         options = resolve_policy(options, calibrated=self.budget is not None)
+        levelled = options.policy != "budget"
+        self.policy: LevelPolicy | None = (
+            make_policy(options, self.ladder.mean_bits) if levelled else None
+        )
         if self.budget is not None:
             self.budget.adopt(options)
         self.classes.set_default_budget(options.budget)
         self._ask()
-        self.policy: LevelPolicy | None = None
-        if options.policy != "budget":
-            self.policy = make_policy(options, self.ladder.mean_bits)
         self.options = options
         self.load.aim_at(options.target_ms and options.target_ms / 1e3)
         self._clocked = options.target_ms is not None or self._recorder is not None
