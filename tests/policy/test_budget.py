@@ -211,6 +211,17 @@ def test_text_that_needs_twice_as_much_is_followed_within_a_thousand_tokens():
     assert spent[1000:].mean() == pytest.approx(0.95 * 0.03, rel=0.1)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_an_entropy_that_is_no_number_asks_for_the_best_level_and_is_not_booked(bad):
+    chosen, nats = policy(), np.array([1.5, bad], dtype=np.float32)
+    need = chosen.calibrated.need(chosen.calibrated.by_average, nats)
+    assert need[0] == 0.5
+    assert decide(chosen, need.tolist()) == LEVELS - 1
+    books = chosen.book(np.array([0.03]), need, nats, np.array([0, 0]), ledger([0.03]))
+    assert books.spent[0] == pytest.approx(0.03 * (0.5 + 1.0), rel=0.01)
+    assert np.isfinite(books.correction[0])
+
+
 def test_low_entropy_buys_nothing():
     _, books = simulate(policy(), 0.03, np.ones(500), np.ones(500), entropy=0.0)
     assert books.correction[0] == 1.0

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Record a controller's steps, and decide them again from the file."""
 
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,18 @@ import torch
 from tests.runtime.test_budget import batch, controller
 from vllm_flexquant.policy.trace import SNAPSHOT_STEPS, Trace
 from vllm_flexquant.runtime.replay import replay
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch):
+    """Steps take from 0.2 to 0.8 ms, whatever the machine does."""
+    now, pick = [0.0], np.random.default_rng(7)
+
+    def tick():
+        now[0] += pick.uniform(0.0002, 0.0008)
+        return now[0]
+
+    monkeypatch.setattr(time, "perf_counter", tick)
 
 
 def drive(made, steps, seed=0):

@@ -4,9 +4,10 @@
 A token's KL at level l is about s k(l): k is the calibrated mean at the level, s what the token
 needs over the average one. At a given mean KL, the least cost is reached where each step takes the
 level with the least cost(l) + price s k(l), at one price of a nat for all: a level that is no
-bargain at any price is never taken. Three things are known of s, each when it is:
+bargain at any price is never taken. What is known of s, and when:
 
-- before the step, from the average of the sequence's entropies: the level of the first layers;
+- before the step, that of the average token, or (`signal: entropy`) what the average of the
+  sequence's entropies says: the level of the first layers;
 - at the probe, in the same step: the level of the layers after it;
 - after the step, from the entropy of its own logits: whether too little was foreseen.
 
@@ -14,8 +15,7 @@ A class's price starts where its budget is met on average. From then on a token 
 what is left over, or owed, lowers or raises the price, so that the mean booked meets the mean
 asked. What is booked is what was foreseen, times a correction of the class: the sum of what the
 steps' own entropies say over the sum of what was foreseen. The correction only raises: as a measure
-of a whole text, low entropy is no proof of low KL (`benchmarks/quality/signals.py`), so it does not
-buy cheaper steps.
+of a whole text, low entropy is no proof of low KL, so it does not buy cheaper steps.
 
 The functions are pure, over arrays of fixed shape and without branches on their values: serving and
 replay are the same code.
@@ -85,11 +85,11 @@ class Calibrated:
     bin_nats: float
 
     def need(self, table: Array, nats: Array) -> Array:
-        """fp64 [rows] from entropies [rows]; the most for one that is no number."""
+        """fp64 [rows] from entropies [rows]; inf for one that is no number."""
         xp = namespace(table)
-        last = len(table) - 1
-        bins = xp.nan_to_num(nats / self.bin_nats, nan=last, posinf=last, neginf=0)
-        return table[integers(xp.clip(bins, 0, last))]
+        bins = xp.nan_to_num(nats / self.bin_nats, nan=0.0, posinf=0.0, neginf=0.0)
+        found = table[integers(xp.clip(bins, 0, len(table) - 1))]
+        return xp.where(xp.isfinite(nats), found, xp.inf)
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,7 @@ class Ledger:
 
     asked: nats per token, 0 where a class is not in use. price: of a nat per token, in the cost of
     the best level, at which the average text costs what is asked (`price_of`). balance: nats left
-    over (owed if below 0).
-    spent, tokens: sums since the class was made. needed, foreseen: sums, fading, of what was needed
+    over (owed if below 0). spent, tokens: sums since the class was made. needed, foreseen: sums, fading, of what was needed
     after the step and before it; they begin as `NO_PAST`.
     """
 
@@ -202,8 +201,10 @@ class BudgetPolicy:
             classes: int64 [rows].
         """
         xp = namespace(ledger.asked)
+        # what is no number says nothing
         needed = self.calibrated.need(self.calibrated.by_entropy, entropy)
-        foreseen = xp.clip(xp.nan_to_num(foreseen, nan=1.0), 0, _MOST_BOOKED)
+        needed = xp.nan_to_num(needed, posinf=1.0)
+        foreseen = xp.clip(xp.nan_to_num(foreseen, nan=1.0, posinf=1.0), 0, _MOST_BOOKED)
         own = classes[None, :] == numbers(ledger.asked)[:, None]
         member = xp.where(own, xp.ones_like(foreseen)[None, :], 0.0)
         rows = member.sum(1)
