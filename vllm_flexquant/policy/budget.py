@@ -98,8 +98,8 @@ class Ledger:
 
     asked: nats per token, 0 where a class is not in use. price: of a nat per token, in the cost of
     the best level, at which the average text costs what is asked (`price_of`). balance: nats left
-    over (owed if below 0). spent, tokens: sums since the class was made. needed, foreseen: sums, fading, of what was needed
-    after the step and before it; they begin as `NO_PAST`.
+    over (owed if below 0). spent, tokens: sums since the class was made. needed, foreseen: sums,
+    fading, of what was needed after the step and before it; they begin as `NO_PAST`.
     """
 
     asked: Array
