@@ -23,7 +23,7 @@ replay are the same code.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -70,9 +70,9 @@ class Calibrated:
 
     kl, cost: [levels], cheapest level first; cost is over that of the best level. early_kl,
     early_cost: [levels], the part of them that is due to layers before the probe, all of it where
-    there is no probe. width_kl: [9], KL with all layers at so many bits. by_entropy, by_average:
-    [bins], KL over the mean KL of tokens whose own entropy, or whose sequence's average before
-    them, is in a bin of `bin_nats`; the last bin is open.
+    there is no probe; late_kl, late_cost: the rest. width_kl: [9], KL with all layers at so many
+    bits. by_entropy, by_average: [bins], KL over the mean KL of tokens whose own entropy, or whose
+    sequence's average before them, is in a bin of `bin_nats`; the last bin is open.
     """
 
     kl: Array
@@ -83,6 +83,13 @@ class Calibrated:
     by_entropy: Array
     by_average: Array
     bin_nats: float
+    late_kl: Array = field(init=False)
+    late_cost: Array = field(init=False)
+
+    def __post_init__(self) -> None:
+        # once, not in every step
+        object.__setattr__(self, "late_kl", self.kl - self.early_kl)
+        object.__setattr__(self, "late_cost", self.cost - self.early_cost)
 
     def need(self, table: Array, nats: Array) -> Array:
         """fp64 [rows] from entropies [rows]; inf for one that is no number."""
@@ -170,8 +177,7 @@ class BudgetPolicy:
     def later(self, price: Array, ceiling: Array, last: Decision) -> Decision:
         """The level of the layers after the probe."""
         known = self.calibrated
-        cost, kl = known.cost - known.early_cost, known.kl - known.early_kl
-        return self._cheapest(cost, kl, price, ceiling, last)
+        return self._cheapest(known.late_cost, known.late_kl, price, ceiling, last)
 
     def _cheapest(
         self, cost: Array, kl: Array, price: Array, ceiling: Array, last: Decision
@@ -186,7 +192,7 @@ class BudgetPolicy:
         """Mean KL of a step, nats, fp64 [1], whose widths were bounded to low..high bits, [1]."""
         xp = namespace(self.calibrated.kl)
         known = self.calibrated
-        kl = known.early_kl[first.level] + known.kl[later.level] - known.early_kl[later.level]
+        kl = known.early_kl[first.level] + known.late_kl[later.level]
         return xp.minimum(xp.maximum(kl, known.width_kl[high]), known.width_kl[low])
 
     def book(
@@ -235,10 +241,9 @@ def price_of(budget: float, known: Calibrated) -> float:
     nodes, weights = np.polynomial.hermite_e.hermegauss(_NODES)
     need = np.exp(_SPREAD * nodes - _SPREAD**2 / 2)
     prices = np.geomspace(*_PRICES)
-    late_kl, late_cost = known.kl - known.early_kl, known.cost - known.early_cost
     first = (known.cost + prices[:, None] * known.kl).argmin(-1)
-    later = (late_cost + (prices[:, None] * need)[:, :, None] * late_kl).argmin(-1)
-    mean = known.early_kl[first] + late_kl[later] @ (weights * need) / weights.sum()
+    later = (known.late_cost + (prices[:, None] * need)[:, :, None] * known.late_kl).argmin(-1)
+    mean = known.early_kl[first] + known.late_kl[later] @ (weights * need) / weights.sum()
     return float(np.exp(np.interp(-np.log(budget), -np.log(mean), np.log(prices))))
 
 

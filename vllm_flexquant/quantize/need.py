@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from vllm_flexquant.format.record import NeedRecord
+from vllm_flexquant.runtime.sequences import SequenceEntropy
 
 BIN_NATS, BINS = 0.25, 32
 DECAY = 0.5
@@ -19,8 +21,7 @@ def need_of_entropy(kl: torch.Tensor, entropy: torch.Tensor, length: int) -> Nee
         kl, entropy: fp32 [tokens], in nats, of sequences of `length` one after another.
     """
     need = kl / kl.mean()
-    before = _average_before(entropy.reshape(-1, length)).flatten()
-    known = ~torch.isnan(before)
+    before, known = _average_before(entropy.reshape(-1, length))
     return NeedRecord(
         bin_nats=BIN_NATS,
         by_entropy=_by_bin(entropy, need),
@@ -29,14 +30,18 @@ def need_of_entropy(kl: torch.Tensor, entropy: torch.Tensor, length: int) -> Nee
     )
 
 
-def _average_before(entropy: torch.Tensor) -> torch.Tensor:
-    """fp32 [sequences, length]; NaN for the first token of each."""
-    average = torch.full_like(entropy, torch.nan)
-    for i in range(1, entropy.shape[1]):
-        before = average[:, i - 1]
-        mixed = torch.lerp(entropy[:, i - 1], before, DECAY)
-        average[:, i] = torch.where(torch.isnan(before), entropy[:, i - 1], mixed)
-    return average
+def _average_before(entropy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The engine's average before each token of [sequences, length], and whether there is one.
+
+    Both flat, fp32 and bool.
+    """
+    state = SequenceEntropy(len(entropy), torch.device("cpu"))
+    slots = np.arange(len(entropy))
+    average, known = torch.zeros_like(entropy), torch.zeros(entropy.shape, dtype=torch.bool)
+    for i, nats in enumerate(entropy.T.numpy()):
+        average[:, i], known[:, i] = map(torch.from_numpy, state.of(slots))
+        state.update(nats, slots, DECAY)
+    return average.flatten(), known.flatten()
 
 
 def _by_bin(nats: torch.Tensor, need: torch.Tensor) -> tuple[float, ...]:

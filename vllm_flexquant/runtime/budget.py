@@ -12,7 +12,7 @@ import torch
 from vllm.logger import init_logger
 
 from vllm_flexquant.config import FlexQuantOptions
-from vllm_flexquant.format.layout import PARENT_BITS
+from vllm_flexquant.format.layout import PARENT_BITS, width_at_least
 from vllm_flexquant.format.record import CalibrationRecord, NeedRecord
 from vllm_flexquant.policy.arrays import Array, constant, indices, integers, namespace, view
 from vllm_flexquant.policy.budget import (
@@ -36,6 +36,9 @@ Figures = dict[str, Any]
 WriteWidths = Callable[[Array, int, Array, Array | None], None]
 """Level [1], the first layer to write, lowest and highest width in bits [2], and whether to write
 at all, bool [1] (None: yes)."""
+
+_BOOKED = ("balance", "spent", "tokens", "needed", "foreseen")
+"""What of a ledger changes from step to step."""
 
 _NO_NEED = NeedRecord(bin_nats=1.0, by_entropy=(1.0,), by_average=(1.0,))
 """Without figures of calibration, every token is taken for an average one."""
@@ -216,8 +219,8 @@ class BudgetControl:
         classes = self.row_class[self._rows]
         kl = self.policy.kl(self.first, self.later, self.bounds[:1], self.bounds[1:])
         ledger = self.policy.book(kl, self.row_scores(), entropy, classes, self.ledger)
-        for field in fields(Ledger):
-            getattr(self.ledger, field.name)[:] = getattr(ledger, field.name)
+        for name in _BOOKED:
+            getattr(self.ledger, name)[:] = getattr(ledger, name)
 
     def status(self, names: Mapping[int, str]) -> dict[str, Any]:
         """What each class asked for and was booked, by its name."""
@@ -284,14 +287,14 @@ def read_figures(
     early_bytes = [bytes_read(early, w[: len(early)]) for w in ladder.widths.tolist()]
     top = ladder.bytes_read[-1]
     uniform = {width: kl for width, (kl, _) in record.uniform_kl.items()}
+    known = sorted(uniform)
     # no layer runs at widths that the layout lacks, but at the next one up
     width_kl = [
-        uniform[min((w for w in uniform if w >= bits), default=max(uniform))] if uniform else 0.0
-        for bits in range(PARENT_BITS + 1)
+        uniform[width_at_least(known, bits)] if known else 0.0 for bits in range(PARENT_BITS + 1)
     ]
     return {
         "kl": (weights_kl + rounding).tolist(),
-        "cost": [n / top for n in ladder.bytes_read],
+        "cost": list(ladder.cost),
         "early_kl": early_kl.tolist(),
         "early_cost": [n / top for n in early_bytes],
         "width_kl": [kl + rounding for kl in width_kl],
@@ -303,7 +306,7 @@ def read_figures(
 
 def _calibrated(figures: Figures, like: Array) -> Calibrated:
     """`figures` as arrays beside `like`."""
-    values = {f.name: figures[f.name] for f in fields(Calibrated)}
+    values = {f.name: figures[f.name] for f in fields(Calibrated) if f.init}
     return Calibrated(
         **{n: constant(v, like) if isinstance(v, list) else v for n, v in values.items()}
     )

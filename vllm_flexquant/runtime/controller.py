@@ -147,8 +147,6 @@ class Controller:
             else build_ladder(layers, errors)
         )
         self._rungs = view(self.ladder.widths.to(self.device))
-        full = [layer.widths[-1] for layer in layers]
-        self._full = integers(indices(full, self._rungs))
         self._allowed = view(allowed_widths(layers).to(self.device))
         self._widths = sorted({width for layer in layers for width in layer.widths})
         self._written = view(self.table.widths)
@@ -162,10 +160,10 @@ class Controller:
             self.budget = BudgetControl(
                 self.device, figures, listening, self._tokens, self._write_level
             )
-        top = self.ladder.bytes_read[-1]
-        self.load = LoadControl(np.array(self.ladder.bytes_read) / max(top, 1))
+        self.load = LoadControl(np.array(self.ladder.cost))
         self._adopt(self.options)
-        self._write(self._bounded(self._full, 0))
+        full = integers(indices([layer.widths[-1] for layer in layers], self._rungs))
+        self._write(self._bounded(full, 0))
 
     def _adopt(self, options: FlexQuantOptions) -> None:
         options = resolve_policy(options, calibrated=self.budget is not None)
@@ -388,7 +386,7 @@ class Controller:
         batch = zip(self._batch.request_ids, self._batch.slots, strict=True) if self._batch else ()
         return {
             "steps": self.steps,
-            "options": self.options.model_dump(mode="json") | {"layout": str(self.options.layout)},
+            "options": self._plain_options(),
             "level": self._level().item(),
             "levels": len(self.ladder),
             "mean_bits": mean_bits(layers, widths),
@@ -429,9 +427,9 @@ class Controller:
         if self._pinned:
             raise ValueError(f"policy {self.options.policy} decides nothing; choose another one")
         header = {
-            "options": self.options.model_dump(mode="json") | {"layout": str(self.options.layout)},
+            "options": self._plain_options(),
             "mean_bits": list(self.ladder.mean_bits),
-            "cost": [n / self.ladder.bytes_read[-1] for n in self.ladder.bytes_read],
+            "cost": list(self.ladder.cost),
             "figures": self.budget and self.budget.figures,
             "probe_layer": self.budget and self.budget.listening and self.budget.listening.layer,
         }
@@ -443,6 +441,9 @@ class Controller:
         if clear:
             self._trace.clear()
         return records
+
+    def _plain_options(self) -> dict[str, Any]:
+        return self.options.model_dump(mode="json") | {"layout": str(self.options.layout)}
 
     def _level(self) -> Array:
         """int32 [1], of the layers that are decided last."""
@@ -482,13 +483,12 @@ class Controller:
         record = self._trace[-1]
         record.entropy = entropy.tolist()
         if self.policy is None and self.budget is not None:
-            if self._recorder is not None and len(self._recorder):
-                step = self._recorder.last
-                step.first = self.budget.first.level.item()
-                step.level = self.budget.later.level.item()
-                step.probed = self.budget.probed
-                step.scores = host(self.budget.row_scores())
             record.first_level = self.budget.first.level.item()
             record.level = self.budget.later.level.item()
             record.widths = self._written.tolist()
-            record.scores = self.budget.row_scores().tolist()
+            scores = host(self.budget.row_scores())
+            record.scores = scores.tolist()
+            if self._recorder is not None and len(self._recorder):
+                step = self._recorder.last
+                step.first, step.level = record.first_level, record.level
+                step.probed, step.scores = self.budget.probed, scores

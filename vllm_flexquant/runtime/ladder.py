@@ -40,6 +40,12 @@ class Ladder:
     def __len__(self) -> int:
         return len(self.bytes_read)
 
+    @property
+    def cost(self) -> tuple[float, ...]:
+        """Bytes read at each level over those of the best one."""
+        top = max(self.bytes_read[-1], 1)
+        return tuple(n / top for n in self.bytes_read)
+
 
 def build_ladder(
     layers: Sequence[LayerRecord], errors: Mapping[str, WeightError] | None = None
