@@ -19,6 +19,8 @@ from vllm_flexquant.runtime import probe
 from vllm_flexquant.runtime.controller import Batch, Controller
 from vllm_flexquant.runtime.table import LayerRecord, WeightError
 
+pytestmark = pytest.mark.usefixtures("machinery")
+
 LAYERS, PROBE_LAYER, HIDDEN = 6, 2, 4
 BEST = 0.00165
 """KL at all bits."""
@@ -302,7 +304,7 @@ def test_on_tensors_as_on_a_gpu_the_same_is_decided(options, monkeypatch):
         return widths, {name: account["booked_nats"] for name, account in accounts.items()}
 
     own, booked = run()
-    for module in ("budget", "controller", "sequences"):
+    for module in ("budget", "budget_steps", "controller", "sequences"):
         monkeypatch.setattr(f"vllm_flexquant.runtime.{module}.view", lambda tensor: tensor)
     on_tensors, booked_on_tensors = run()
     assert on_tensors == own

@@ -12,6 +12,8 @@ from tests.runtime.test_budget import batch, controller
 from vllm_flexquant.policy.trace import SNAPSHOT_STEPS, Trace
 from vllm_flexquant.runtime.replay import replay
 
+pytestmark = pytest.mark.usefixtures("machinery")
+
 
 @pytest.fixture(autouse=True)
 def clock(monkeypatch):

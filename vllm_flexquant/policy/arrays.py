@@ -29,6 +29,11 @@ def view(tensor: torch.Tensor) -> Array:
     return tensor.numpy() if tensor.device.type == "cpu" else tensor
 
 
+def tensor(values: Array) -> torch.Tensor:
+    """What `view` was given: the same memory."""
+    return values if isinstance(values, torch.Tensor) else torch.from_numpy(values)
+
+
 def host(values: Array) -> np.ndarray:
     """A copy in NumPy; waits for a GPU."""
     return values.cpu().numpy() if isinstance(values, torch.Tensor) else values.copy()
@@ -44,8 +49,8 @@ def floats(values: Array) -> Array:
     return values.float() if isinstance(values, torch.Tensor) else values.astype(np.float32)
 
 
-def indices(values: Sequence[int], like: Array) -> Array:
-    """int64 [n] beside `like`, without waiting for a GPU."""
+def indices(values: Sequence[Any], like: Array) -> Array:
+    """int64 beside `like` from numbers or equally long lists of them, without waiting for a GPU."""
     if isinstance(like, torch.Tensor):
         return torch.tensor(values, dtype=torch.long).to(like.device, non_blocking=True)
     return np.array(values, dtype=np.int64)

@@ -63,8 +63,12 @@ def hold(
     """
     xp = namespace(wanted)
     top = levels - 1
-    least = float(np.float32(hysteresis * top))  # as a kernel has it
-    moves = abs(wanted - last.level) > least
+    moves = abs(wanted - last.level) > least_move(hysteresis, levels)
     moves = moves | ((wanted != last.level) & ((wanted == 0) | (wanted == top)))
     moves = moves & (last.held + 1 >= dwell) & may
     return Decision(xp.where(moves, wanted, last.level), xp.where(moves, 0, last.held + 1))
+
+
+def least_move(hysteresis: float, levels: int) -> float:
+    """Levels that a change must exceed; rounded to fp32, as kernels have it."""
+    return float(np.float32(hysteresis * (levels - 1)))

@@ -27,7 +27,8 @@ from vllm_flexquant.policy.decision import Decision, LevelPolicy, StepSignals, d
 from vllm_flexquant.policy.load import MISSED, LoadControl
 from vllm_flexquant.policy.promise import ClassBook, Promise
 from vllm_flexquant.policy.trace import Recorder, Step
-from vllm_flexquant.runtime.budget import BudgetControl, listen, read_figures
+from vllm_flexquant.runtime.budget import BudgetControl
+from vllm_flexquant.runtime.figures import listen, read_figures
 from vllm_flexquant.runtime.ladder import (
     Ladder,
     build_ladder,
@@ -36,7 +37,7 @@ from vllm_flexquant.runtime.ladder import (
     mean_bits,
 )
 from vllm_flexquant.runtime.sequences import SequenceEntropy, SlotBook
-from vllm_flexquant.runtime.table import PrecisionTable, WeightError, allowed_widths
+from vllm_flexquant.runtime.table import LevelTable, PrecisionTable, WeightError, allowed_widths
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ class Controller:
         """Under a pinned policy: the floor with which the table was written last."""
         self._batch: Batch | None = None
         self._decoding: list[int] = []
+        self._facts_key: tuple[object, ...] | None = None
         self._clocked, self._began, self._seconds = False, time.perf_counter(), 0.0
         self._trace: deque[StepRecord] = deque(maxlen=options.trace_steps)
         self._recorder = Recorder(options.trace_steps) if options.trace_steps else None
@@ -147,23 +149,25 @@ class Controller:
             else build_ladder(layers, errors)
         )
         self._rungs = view(self.ladder.widths.to(self.device))
-        self._allowed = view(allowed_widths(layers).to(self.device))
         self._widths = sorted({width for layer in layers for width in layer.widths})
         self._written = view(self.table.widths)
-        self._pruned = any(layer.widths != layer.layout.widths for layer in layers)
+        pruned = any(layer.widths != layer.layout.widths for layer in layers)
+        allowed = view(allowed_widths(layers).to(self.device)) if pruned else None
+        self._levels = LevelTable(self._rungs, self._written, allowed)
         self._entropy_op = torch.ops.flexquant.entropy
+        self.sequences.use_kernels()
         self.last.level[:] = len(self.ladder) - 1
         if calibration is not None and self.ladder.kl_nats is not None:
             listening = listen(self.device, layers, calibration, fused or {})
             probe_layer = listening.layer if listening else None
             figures = read_figures(layers, self.ladder, calibration, probe_layer, fused or {})
             self.budget = BudgetControl(
-                self.device, figures, listening, self._tokens, self._write_level
+                self.device, figures, listening, self.sequences, self._levels, self._tokens
             )
         self.load = LoadControl(np.array(self.ladder.cost))
         self._adopt(self.options)
         full = integers(indices([layer.widths[-1] for layer in layers], self._rungs))
-        self._write(self._bounded(full, 0))
+        self._levels.put(self._bounded(full, 0))
 
     def _adopt(self, options: FlexQuantOptions) -> None:
         options = resolve_policy(options, calibrated=self.budget is not None)
@@ -228,37 +232,53 @@ class Controller:
         self.steps += 1
 
     def _decide_step(self, batch: Batch, held: Sequence[Held]) -> None:
-        decoding, like = self._decoding, self._rungs
-        average, known = self.sequences.of(indices([batch.slots[i] for i in decoding], like))
-        numbers = indices([held[i].number for i in decoding], like)
-        positions = indices([batch.positions[i] for i in decoding], like)
         low, high = self._bounds(self._floor_in_force)
-        if self.options.prefill == "full" and len(decoding) < len(batch.slots):
+        if self.options.prefill == "full" and len(self._decoding) < len(batch.slots):
             low = high
         ceiling = self._ceiling()
+        facts = self._facts_of(batch, held)
         if self._recorder is not None:
-            step = Step(
-                average=host(average),
-                known=host(known),
-                classes=host(numbers),
-                position=host(positions),
-                low=low,
-                high=high,
-                ceiling=ceiling,
-                seconds=self._seconds,
-            )
-            self._recorder.add(step, self._state() if self._recorder.wants_state else None)
+            self._record_step(batch, facts, (low, high), ceiling)
         if self.policy is None:
             assert self.budget is not None
-            rows_of_x = indices([batch.rows[i] for i in decoding], like)
-            self.budget.begin(average, known, numbers, rows_of_x, (low, high), ceiling)
+            self.budget.begin(facts, (low, high), ceiling)
             return
-        if decoding:
-            self._decide(StepSignals(average, known, positions), ceiling)
+        if self._decoding:
+            self._decide(StepSignals(*self.sequences.of(facts[0]), self._positions(batch)), ceiling)
         if self._recorder is not None:
             self._recorder.last.first = self._recorder.last.level = self.last.level.item()
         widths = self._rungs[self.last.level][0]
-        self._write(namespace(widths).clip(widths, low, high))
+        self._levels.put(namespace(widths).clip(widths, low, high))
+
+    def _facts_of(self, batch: Batch, held: Sequence[Held]) -> Array:
+        """As `BudgetSteps` has them; the same array as long as they are the same."""
+        key = batch.slots, batch.rows, self._decoding, held
+        if key != self._facts_key:
+            places = self._decoding
+            rows = (batch.slots, batch.rows, [h.number for h in held], range(len(held)))
+            self._facts = indices([[row[i] for i in places] for row in rows], self._rungs)
+            self._facts_key = key
+        return self._facts
+
+    def _positions(self, batch: Batch) -> Array:
+        return indices([batch.positions[i] for i in self._decoding], self._rungs)
+
+    def _record_step(
+        self, batch: Batch, facts: Array, bounds: tuple[int, int], ceiling: int
+    ) -> None:
+        assert self._recorder is not None
+        average, known = self.sequences.of(facts[0])
+        step = Step(
+            average=host(average),
+            known=host(known),
+            classes=host(facts[2]),
+            position=host(self._positions(batch)),
+            low=bounds[0],
+            high=bounds[1],
+            ceiling=ceiling,
+            seconds=self._seconds,
+        )
+        self._recorder.add(step, self._state() if self._recorder.wants_state else None)
 
     def _state(self) -> dict[str, Any]:
         """What the next decision depends on beside its step."""
@@ -290,7 +310,7 @@ class Controller:
     def _write_pinned(self) -> None:
         """The level was decided when the policy was adopted; only a floor can change the table."""
         if self._written_floor != self._floor_in_force:
-            self._write(self._bounded(self._rungs[self.last.level][0], self._floor_in_force))
+            self._levels.put(self._bounded(self._rungs[self.last.level][0], self._floor_in_force))
             self._written_floor = self._floor_in_force
 
     def probe(self, x: torch.Tensor) -> None:
@@ -319,12 +339,10 @@ class Controller:
         entropy = view(self._entropy_op(logits))
         self.sequences.update(entropy, index, self.options.entropy_decay, drafted)
         if self.policy is None and self.budget is not None and not drafted and self._decoding:
-            own = entropy
-            if len(self._decoding) < len(batch.slots):
-                own = entropy[indices(self._decoding, self._rungs)]
-            self.budget.book(own)
+            self.budget.book(entropy)
             if self._recorder is not None and len(self._recorder):
-                self._recorder.last.entropy, self._recorder.last.booked = host(own), True
+                own = host(entropy[self._facts[3]])
+                self._recorder.last.entropy, self._recorder.last.booked = own, True
         if self.options.trace_steps and self._trace:
             self._finish_record(entropy)
 
@@ -345,26 +363,6 @@ class Controller:
         low, high = self._bounds(floor)
         return namespace(widths).clip(widths, low, high)
 
-    def _write_level(
-        self, level: Array, first: int, bounds: Array, writes: Array | None = None
-    ) -> None:
-        """Give layers from `first` on the widths of `level`, int32 [1], within `bounds`, [2].
-
-        Args:
-            writes: bool [1], False to leave the table as it is.
-        """
-        xp = namespace(level)
-        wanted = xp.minimum(xp.maximum(self._rungs[level][0, first:], bounds[0]), bounds[1])
-        if writes is not None:
-            wanted = xp.where(writes, wanted, self._written[first:])
-        self._write(wanted, first)
-
-    def _write(self, widths: Array, first: int = 0) -> None:
-        if self._pruned:
-            every = namespace(widths).arange(len(widths))
-            widths = self._allowed[first:][every, widths]
-        self._written[first:] = widths
-
     # ---- the operator's view
 
     def update(self, changes: Mapping[str, Any]) -> None:
@@ -374,7 +372,7 @@ class Controller:
             ValueError: a bad value; nothing is changed.
         """
         self._adopt(PolicyUpdate.read(changes).apply(self.options))
-        self._write(self._bounded(self._rungs[self.last.level][0], self._floor_in_force))
+        self._levels.put(self._bounded(self._rungs[self.last.level][0], self._floor_in_force))
 
     def status(self) -> dict[str, Any]:
         """What is in force now, as plain values (syncs a GPU)."""

@@ -21,7 +21,10 @@ from vllm_flexquant.policy.choose import make_policy, resolve_policy
 from vllm_flexquant.policy.decision import Decision, StepSignals, decide_below
 from vllm_flexquant.policy.promise import ClassBook
 from vllm_flexquant.policy.trace import Step, Trace
-from vllm_flexquant.runtime.budget import BudgetControl, Probe
+from vllm_flexquant.runtime.budget import BudgetControl
+from vllm_flexquant.runtime.figures import Figures, Probe
+from vllm_flexquant.runtime.sequences import SequenceEntropy
+from vllm_flexquant.runtime.table import LevelTable
 
 
 @dataclass(frozen=True)
@@ -96,11 +99,10 @@ def replay(trace: Trace, changes: Mapping[str, Any] | None = None) -> Replayed:
 
 def _replay_budget(trace: Trace, options: FlexQuantOptions) -> Replayed:
     rows = max((len(step.average) for step in trace.steps), default=0)
-    layer = trace.header["probe_layer"]
+    layer, figures, cpu = trace.header["probe_layer"], trace.header["figures"], torch.device("cpu")
     listening = None if layer is None else Probe("", layer, torch.zeros(0), 0.0)
-    control = BudgetControl(
-        torch.device("cpu"), trace.header["figures"], listening, max(rows, 1), _nothing
-    )
+    sequences = SequenceEntropy(max(rows, 1), cpu)
+    control = BudgetControl(cpu, figures, listening, sequences, _no_layers(figures), max(rows, 1))
     control.adopt(options)
     book = ClassBook(options.classes, options.default_class, options.budget, CLASSES)
     state = trace.header["state"] or {}
@@ -114,7 +116,7 @@ def _replay_budget(trace: Trace, options: FlexQuantOptions) -> Replayed:
         if step.asks is not None:
             budgets, new = step.asks
             control.ask(budgets | book.budgets, new)
-        _decide(control, step, options.signal)
+        _decide(control, sequences, step, options.signal)
         if step.booked:
             before = control.ledger.spent.sum()
             control.book(step.entropy)
@@ -126,10 +128,11 @@ def _replay_budget(trace: Trace, options: FlexQuantOptions) -> Replayed:
     return Replayed(trace, *decided, spent / max(tokens, 1), _same(trace, *decided))
 
 
-def _decide(control: BudgetControl, step: Step, signal: str) -> None:
+def _decide(control: BudgetControl, sequences: SequenceEntropy, step: Step, signal: str) -> None:
     places = np.arange(len(step.average))
-    bounds = step.low, step.high
-    control.begin(step.average, step.known, step.classes, places, bounds, step.ceiling)
+    sequences.set(places, step.average, step.known)
+    facts = np.stack([places, places, step.classes, places])
+    control.begin(facts, (step.low, step.high), step.ceiling)
     if control.listening is not None and signal in ("probe", "both") and len(places):
         if not step.probed:
             raise ValueError(
@@ -144,5 +147,7 @@ def _same(trace: Trace, first: np.ndarray, level: np.ndarray) -> int:
     return sum(w == got for w, got in zip(wanted, zip(first, level, strict=True), strict=True))
 
 
-def _nothing(*_: Any) -> None:
+def _no_layers(figures: Figures) -> LevelTable:
     """A replay writes no table."""
+    nothing = np.zeros((len(figures["kl"]), 0), dtype=np.int32)
+    return LevelTable(nothing, nothing[0])

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 
 import numpy as np
 import torch
 
-from vllm_flexquant.policy.arrays import Array, indices, namespace, view
+from vllm_flexquant.policy.arrays import Array, indices, namespace, tensor, view
 
 
 class SlotBook:
@@ -68,6 +68,15 @@ class SequenceEntropy:
         self.average = torch.zeros(slots + 1, dtype=torch.float32, device=device)
         self.seen = torch.zeros(slots + 1, dtype=torch.bool, device=device)
         self._average, self._seen = view(self.average), view(self.seen)
+        self._kernel: Callable[..., None] | None = None
+
+    def use_kernels(self) -> None:
+        """From now on, `update` is one native call where the kernels are loaded."""
+        from flexquant_kernels import ops
+        from flexquant_kernels.cpu.budget import average_entropy
+
+        if isinstance(self._average, np.ndarray) and ops.native_status().loaded:
+            self._kernel = average_entropy
 
     @property
     def discard(self) -> int:
@@ -77,6 +86,10 @@ class SequenceEntropy:
     def of(self, slots: Array) -> tuple[Array, Array]:
         """Average and seen of `slots`, int64 [rows]."""
         return self._average[slots], self._seen[slots]
+
+    def set(self, slots: Array, average: Array, seen: Array) -> None:
+        """Go on from what `of` returned."""
+        self._average[slots], self._seen[slots] = average, seen
 
     def forget(self, slots: Sequence[int]) -> None:
         """Start anew in `slots`, which new sequences take."""
@@ -96,6 +109,9 @@ class SequenceEntropy:
         xp = namespace(self._average)
         if drafted:
             entropy = _largest_of_slot(entropy, slots, len(self._average))
+        if self._kernel is not None:
+            self._kernel(tensor(entropy), tensor(slots), decay, self.average, self.seen)
+            return
         before, seen = self.of(slots)
         mixed = entropy + decay * (before - entropy)
         keep = seen & xp.isfinite(mixed)

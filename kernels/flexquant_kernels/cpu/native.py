@@ -30,6 +30,7 @@ _FLAGS: dict[str, tuple[str, ...]] = {
 _MACHINES = {"x86_64": "x86_64", "AMD64": "x86_64", "aarch64": "aarch64", "arm64": "aarch64"}
 
 _library: ctypes.CDLL | None = None
+_short: ctypes.PyDLL | None = None
 
 
 def machine() -> str:
@@ -76,19 +77,41 @@ def attach(path: Path) -> None:
     Raises:
         OSError, AttributeError: it is no library of these kernels.
     """
-    global _library
+    global _library, _short
     library = ctypes.CDLL(str(path))
     for name in ("flexquant_supported_isas", "flexquant_selected_isa"):
         getattr(library, name).restype = ctypes.c_char_p
     library.flexquant_select_isa.argtypes = [ctypes.c_char_p]
     library.flexquant_clamped_calls.restype = ctypes.c_longlong
-    _library = library
+    short, pointer, whole = ctypes.PyDLL(str(path)), ctypes.c_void_p, ctypes.c_int64
+    short.flexquant_budget_state_bytes.restype = whole
+    for name, arguments in (
+        ("budget_begin", [pointer] * 3),
+        ("budget_probe", [*[pointer] * 3, whole, whole]),
+        ("budget_decide", [pointer] * 3),
+        ("budget_book", [pointer] * 3),
+        ("average_entropy", [pointer, pointer, whole, ctypes.c_double, pointer, pointer]),
+    ):
+        function = getattr(short, f"flexquant_{name}")
+        function.argtypes, function.restype = arguments, None
+    _library, _short = library, short
 
 
 def _loaded() -> ctypes.CDLL:
     if _library is None:
         raise RuntimeError("the native CPU kernels are not loaded: call load_native()")
     return _library
+
+
+def short_calls() -> ctypes.PyDLL:
+    """The library for functions that run for microseconds: the interpreter's lock is kept.
+
+    Raises:
+        RuntimeError: the native kernels are not loaded.
+    """
+    _loaded()
+    assert _short is not None
+    return _short
 
 
 def supported_isas() -> tuple[str, ...]:
