@@ -34,8 +34,8 @@ OWNERS = {
     "flexquant: batch facts": "hook before the forward pass: who is in the batch",
     "flexquant: decision": "policy and precision table",
     "flexquant: probe": "score of the rows, price, later levels",
-    "flexquant: entropy": "entropy of the logits",
-    "flexquant: averages": "averages per sequence, accounts of policy budget",
+    "flexquant: entropy": "entropy of the logits, its averages per sequence",
+    "flexquant: accounts": "accounts of policy budget",
     "runner: rest": "inputs, attention metadata, bookkeeping of the model runner",
     "scheduler": "scheduler",
     STEP: "the rest of the engine: requests in, tokens out",
@@ -143,10 +143,10 @@ def install(clock: Clock, core: Any, llm_engine: Any, runner: Any) -> None:
     clock.put_around(runner, "_model_forward", "flexquant: batch facts")
     clock.put_around(controller, "before_forward", "flexquant: decision")
     clock.put_around(controller, "probe", "flexquant: probe")
-    clock.put_around(controller, "_entropy_op", "flexquant: entropy")
+    clock.put_around(controller.sequences, "read", "flexquant: entropy")
     for processor in runner.input_batch.logitsprocs.all:
         if type(processor).__module__.startswith("vllm_flexquant."):
-            clock.put_around(processor, "apply", "flexquant: averages")
+            clock.put_around(processor, "apply", "flexquant: accounts")
 
 
 def middle_half(steps: Sequence[Mapping[str, int]]) -> list[Mapping[str, int]]:

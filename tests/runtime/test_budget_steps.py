@@ -146,18 +146,20 @@ def test_what_the_native_form_is_given_is_checked():
         steps.begin(np.zeros((3, 2), dtype=np.int64), np.zeros((4, 0), dtype=np.int64))
 
 
-def test_averages_are_the_same():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_logits_are_read_the_same(dtype):
     pick = np.random.default_rng(2)
     plain, kernel = (SequenceEntropy(6, torch.device("cpu")) for _ in range(2))
     kernel.use_kernels()
     for number in range(60):
         slots = pick.permutation(7)[: pick.integers(0, 7)]
-        entropy = pick.exponential(2, len(slots)).astype(np.float32)
+        logits = torch.from_numpy(3 * pick.standard_normal((len(slots), 50))).to(dtype)
         if number % 9 == 4:
-            entropy[:1] = np.nan
-        for sequences in (plain, kernel):
-            sequences.update(entropy, slots, 0.6)
-            if number % 11 == 3:
-                sequences.forget([2, 3])
+            logits[:1] = np.nan
+        read = [sequences.read(logits, slots, 0.6) for sequences in (plain, kernel)]
+        np.testing.assert_array_equal(*read)
+        if number % 11 == 3:
+            plain.forget([2, 3])
+            kernel.forget([2, 3])
         torch.testing.assert_close(kernel.average, plain.average, rtol=0, atol=0, equal_nan=True)
         assert torch.equal(kernel.seen, plain.seen)

@@ -184,8 +184,10 @@ def test_table_sums_up_what_is_ours():
 
 def test_what_is_timed_in_the_plugin_is_there():
     controllers = pytest.importorskip("vllm_flexquant.runtime.controller")
+    sequences = pytest.importorskip("vllm_flexquant.runtime.sequences")
     from vllm_flexquant.config import FlexQuantOptions
 
     controller = controllers.Controller(FlexQuantOptions())
-    for name in ("before_forward", "_entropy_op"):
+    for name in ("before_forward", "probe"):
         assert hasattr(controller, name)
+    assert hasattr(sequences.SequenceEntropy, "read")

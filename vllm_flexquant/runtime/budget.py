@@ -50,6 +50,8 @@ class BudgetControl:
     ) -> None:
         """`tokens`: rows of a forward pass at most."""
         self.figures, self.listening = figures, listening
+        self._on_host = device.type == "cpu"
+        self._asks_probe = False
         self._like = view(torch.zeros(1, dtype=torch.float64, device=device))
         self._plain = _calibrated(figures, np.zeros(1))
         self._asked: dict[int, float] = {}
@@ -85,7 +87,7 @@ class BudgetControl:
 
     def adopt(self, options: FlexQuantOptions) -> None:
         """Go on by other options; steps are decided here from the next `begin` on."""
-        self._state.active[:] = False
+        self._state.active[:] = self._asks_probe = False
         self._probes = options.signal in ("probe", "both") and self.listening is not None
         policy = BudgetPolicy(
             calibrated=self._state.calibrated,
@@ -139,7 +141,8 @@ class BudgetControl:
         """
         state, before = self._state, self._facts
         self._facts, self.probed = facts, False
-        if isinstance(state.bounds, np.ndarray):
+        self._asks_probe = self._probes and facts.shape[1] > 0
+        if self._on_host:
             state.bounds[0], state.bounds[1] = bounds
         else:
             state.bounds[:] = indices(bounds, self._like)
@@ -155,9 +158,7 @@ class BudgetControl:
         Args:
             x: [rows, H], what the probe's layer is given.
         """
-        active = self._state.active
-        on_host = isinstance(active, np.ndarray)
-        if self.listening is None or (on_host and not (active[0] and self._facts.shape[1])):
+        if self.listening is None or (self._on_host and not self._asks_probe):
             return
         self.probed = True
         self._steps.probe(x)

@@ -163,7 +163,8 @@ class NativeSteps:
         known, probe, table = state.calibrated, state.listening, state.table
         self._facts_of = native.Sequences
         self._aggregates = native.AGGREGATES
-        self._seen: Array | None = None
+        self._seen: Array = None
+        self._entropy: Array = None
         self._native = native.NativeBudget(
             levels=state.levels,
             **{
@@ -226,4 +227,6 @@ class NativeSteps:
         self._native.decide(self._now, tensor(scores))
 
     def book(self, entropy: Array) -> None:
-        self._native.book(self._now, tensor(entropy))
+        if entropy is not self._entropy:
+            self._entropy, self._address = entropy, self._native.entropy_at(tensor(entropy))
+        self._native.book(self._now, self._address)

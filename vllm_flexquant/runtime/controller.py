@@ -83,6 +83,20 @@ class StepRecord:
     scores: list[float] | None = None
 
 
+class Remembered:
+    """The array made last, for as long as what it is made of stays equal."""
+
+    def __init__(self) -> None:
+        self._source: object = None
+        self.array: Array = None
+
+    def of(self, source: object, make: Callable[[], Array]) -> Array:
+        """The array of `source`, a tuple of lists that are not changed later."""
+        if source != self._source:
+            self.array, self._source = make(), source
+        return self.array
+
+
 class Controller:
     """State and decisions of one worker."""
 
@@ -102,11 +116,10 @@ class Controller:
         """Under a pinned policy: the floor with which the table was written last."""
         self._batch: Batch | None = None
         self._decoding: list[int] = []
-        self._facts_key: tuple[object, ...] | None = None
+        self._facts, self._logit_slots = Remembered(), Remembered()
         self._clocked, self._began, self._seconds = False, time.perf_counter(), 0.0
         self._trace: deque[StepRecord] = deque(maxlen=options.trace_steps)
         self._recorder = Recorder(options.trace_steps) if options.trace_steps else None
-        self._entropy_op: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     # ---- set-up
 
@@ -154,7 +167,6 @@ class Controller:
         pruned = any(layer.widths != layer.layout.widths for layer in layers)
         allowed = view(allowed_widths(layers).to(self.device)) if pruned else None
         self._levels = LevelTable(self._rungs, self._written, allowed)
-        self._entropy_op = torch.ops.flexquant.entropy
         self.sequences.use_kernels()
         self.last.level[:] = len(self.ladder) - 1
         if calibration is not None and self.ladder.kl_nats is not None:
@@ -180,6 +192,7 @@ class Controller:
         self.classes.set_default_budget(options.budget)
         self._ask()
         self.options = options
+        self._bounds_by_floor: dict[int, tuple[int, int]] = {}
         self.load.aim_at(options.target_ms and options.target_ms / 1e3)
         self._clocked = options.target_ms is not None or self._recorder is not None
         self._written_floor = None
@@ -252,13 +265,21 @@ class Controller:
 
     def _facts_of(self, batch: Batch, held: Sequence[Held]) -> Array:
         """As `BudgetSteps` has them; the same array as long as they are the same."""
-        key = batch.slots, batch.rows, self._decoding, held
-        if key != self._facts_key:
-            places = self._decoding
+
+        def make() -> Array:
             rows = (batch.slots, batch.rows, [h.number for h in held], range(len(held)))
-            self._facts = indices([[row[i] for i in places] for row in rows], self._rungs)
-            self._facts_key = key
-        return self._facts
+            return indices([[row[i] for i in self._decoding] for row in rows], self._rungs)
+
+        return self._facts.of((batch.slots, batch.rows, self._decoding, held), make)
+
+    def _logit_slots_of(self, batch: Batch) -> Array:
+        """int64 [rows], where the entropies of the batch's logits go."""
+
+        def make() -> Array:
+            pairs = zip(batch.slots, batch.discarded, strict=True)
+            return indices([self.sequences.discard if d else s for s, d in pairs], self._rungs)
+
+        return self._logit_slots.of((batch.slots, batch.discarded), make)
 
     def _positions(self, batch: Batch) -> Array:
         return indices([batch.positions[i] for i in self._decoding], self._rungs)
@@ -326,22 +347,20 @@ class Controller:
             slots: int64 [rows] of each row; default: one row per request, in batch order.
         """
         batch = self._batch
-        if batch is None or self._entropy_op is None:
+        if batch is None:
             return
-        drafted = slots is not None
-        if slots is None:
-            if len(logits) != len(batch.slots):
-                return
-            pairs = zip(batch.slots, batch.discarded, strict=True)
-            index = indices([self.sequences.discard if d else s for s, d in pairs], self._rungs)
+        decay, drafted = self.options.entropy_decay, slots is not None
+        if slots is not None:
+            entropy = view(torch.ops.flexquant.entropy(logits))
+            self.sequences.update(entropy, view(slots), decay, drafted)
+        elif len(logits) == len(batch.slots):
+            entropy = self.sequences.read(logits, self._logit_slots_of(batch), decay)
         else:
-            index = view(slots)
-        entropy = view(self._entropy_op(logits))
-        self.sequences.update(entropy, index, self.options.entropy_decay, drafted)
+            return
         if self.policy is None and self.budget is not None and not drafted and self._decoding:
             self.budget.book(entropy)
             if self._recorder is not None and len(self._recorder):
-                own = host(entropy[self._facts[3]])
+                own = host(entropy[self._facts.array[3]])
                 self._recorder.last.entropy, self._recorder.last.booked = own, True
         if self.options.trace_steps and self._trace:
             self._finish_record(entropy)
@@ -352,12 +371,16 @@ class Controller:
 
     def _bounds(self, floor: int) -> tuple[int, int]:
         """The operator's bounds in bits, and not below `floor`, which wins over them."""
-        options = self.options
-        low, high = options.min_bits, options.max_bits
-        if self._pinned and options.width is not None:
-            low = high = options.width
-        low = width_at_least(self._widths, max(low, floor))
-        return low, max(width_at_most(self._widths, high), low)
+        found = self._bounds_by_floor.get(floor)
+        if found is None:
+            options = self.options
+            low, high = options.min_bits, options.max_bits
+            if self._pinned and options.width is not None:
+                low = high = options.width
+            low = width_at_least(self._widths, max(low, floor))
+            found = low, max(width_at_most(self._widths, high), low)
+            self._bounds_by_floor[floor] = found
+        return found
 
     def _bounded(self, widths: Array, floor: int) -> Array:
         low, high = self._bounds(floor)

@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from vllm_flexquant.policy.arrays import Array, indices, namespace, tensor, view
+from vllm_flexquant.policy.arrays import Array, indices, namespace, view
+
+if TYPE_CHECKING:
+    from flexquant_kernels.cpu.budget import LogitsReader
 
 
 class SlotBook:
@@ -68,15 +72,18 @@ class SequenceEntropy:
         self.average = torch.zeros(slots + 1, dtype=torch.float32, device=device)
         self.seen = torch.zeros(slots + 1, dtype=torch.bool, device=device)
         self._average, self._seen = view(self.average), view(self.seen)
-        self._kernel: Callable[..., None] | None = None
+        self._reader: LogitsReader | None = None
 
     def use_kernels(self) -> None:
-        """From now on, `update` is one native call where the kernels are loaded."""
+        """From now on, `read` is one native call where the kernels are loaded (CPU)."""
         from flexquant_kernels import ops
-        from flexquant_kernels.cpu.budget import average_entropy
+        from flexquant_kernels.cpu.budget import LogitsReader
 
         if isinstance(self._average, np.ndarray) and ops.native_status().loaded:
-            self._kernel = average_entropy
+            self._reader = LogitsReader(len(self.average), self.average, self.seen)
+            self._nats = self._read = view(self._reader.nats)
+            self._slots: Array = None
+            self._address = 0
 
     @property
     def discard(self) -> int:
@@ -96,6 +103,24 @@ class SequenceEntropy:
         if slots:
             self._seen[indices(slots, self._seen)] = False
 
+    def read(self, logits: torch.Tensor, slots: Array, decay: float) -> Array:
+        """`update` with the entropies of logits [rows, vocabulary], one row of each slot.
+
+        Returns:
+            fp32 [rows] nats, the same array while there are as many rows; its values stay until the
+            next call.
+        """
+        if self._reader is not None:
+            if slots is not self._slots:
+                self._slots, self._address = slots, slots.ctypes.data
+            if self._reader(logits, self._address, decay):
+                if len(logits) != len(self._read):
+                    self._read = self._nats[: len(logits)]
+                return self._read
+        entropy = view(torch.ops.flexquant.entropy(logits))
+        self.update(entropy, slots, decay)
+        return entropy
+
     def update(self, entropy: Array, slots: Array, decay: float, drafted: bool = False) -> None:
         """Take in the entropies of a step.
 
@@ -109,9 +134,6 @@ class SequenceEntropy:
         xp = namespace(self._average)
         if drafted:
             entropy = _largest_of_slot(entropy, slots, len(self._average))
-        if self._kernel is not None:
-            self._kernel(tensor(entropy), tensor(slots), decay, self.average, self.seen)
-            return
         before, seen = self.of(slots)
         mixed = entropy + decay * (before - entropy)
         keep = seen & xp.isfinite(mixed)

@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "budget.h"
 
+#include <omp.h>
+
 #include <algorithm>
 #include <bit>
 #include <cmath>
 #include <limits>
+#include <new>
 #include <vector>
 
 #include "kernels.h"
@@ -218,13 +221,20 @@ FQ_EXPORT void flexquant_budget_book(BudgetState* s, const Sequences* q, const f
   }
 }
 
-// Takes the entropies of rows, fp32, into the averages of their slots; runtime/sequences.py says how.
-FQ_EXPORT void flexquant_average_entropy(const float* entropy, const int64_t* slots, int64_t rows, double decay,
-                                         float* average, bool* seen) {
+// Entropies of the rows of logits, nats, and into the averages of their slots; runtime/sequences.py says how.
+// False where scratch memory cannot be had.
+FQ_EXPORT bool flexquant_read_logits(const void* logits, int64_t dtype, int64_t rows, int64_t vocab, double decay,
+                                     const int64_t* slots, float* nats, float* average, bool* seen) {
+  try {
+    flexquant::entropy({logits, nats, static_cast<Dtype>(dtype), rows, vocab, omp_get_max_threads()});
+  } catch (const std::bad_alloc&) {
+    return false;
+  }
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t slot = slots[i];
-    const float before = average[slot], mixed = entropy[i] + static_cast<float>(decay) * (before - entropy[i]);
-    average[slot] = seen[slot] && std::isfinite(mixed) ? mixed : entropy[i];
+    const float mixed = nats[i] + static_cast<float>(decay) * (average[slot] - nats[i]);
+    average[slot] = seen[slot] && std::isfinite(mixed) ? mixed : nats[i];
     seen[slot] = true;
   }
+  return true;
 }

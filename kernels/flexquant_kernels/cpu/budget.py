@@ -154,32 +154,56 @@ class NativeBudget:
             self._pointer, ctypes.byref(now), _address("scores", scores, torch.float32)
         )
 
-    def book(self, now: Sequences, entropy: torch.Tensor) -> None:
-        """Take in the entropies of the batch's logits, fp32 nats."""
-        self._library.flexquant_budget_book(
-            self._pointer, ctypes.byref(now), _address("entropy", entropy, torch.float32)
+    def entropy_at(self, entropy: torch.Tensor) -> int:
+        """The address that ``book`` takes, of fp32 nats by place in the batch.
+
+        Raises:
+            ValueError: another dtype or device, or not contiguous.
+        """
+        return _address("entropy", entropy, torch.float32)
+
+    def book(self, now: Sequences, entropy: int) -> None:
+        """Take in the entropies of the batch's logits."""
+        self._library.flexquant_budget_book(self._pointer, ctypes.byref(now), entropy)
+
+
+class LogitsReader:
+    """Entropies of logits, and their averages by slot, in one call."""
+
+    def __init__(self, rows: int, average: torch.Tensor, seen: torch.Tensor) -> None:
+        """Of up to ``rows`` rows, into fp32 and bool [slots], which stay where they are.
+
+        Raises:
+            ValueError: a tensor has another dtype or device, or is not contiguous.
+            RuntimeError: the native kernels are not loaded.
+        """
+        self._read = native.short_calls().flexquant_read_logits
+        self.nats = torch.zeros(rows, dtype=torch.float32)
+        self._kept = average, seen
+        self._addresses = (
+            self.nats.data_ptr(),
+            _address("average", average, torch.float32),
+            _address("seen", seen, torch.bool),
         )
 
+    def __call__(self, logits: torch.Tensor, slots: int, decay: float) -> bool:
+        """Read logits [rows, vocabulary] into the first elements of ``nats``.
 
-def average_entropy(
-    entropy: torch.Tensor,
-    slots: torch.Tensor,
-    decay: float,
-    average: torch.Tensor,
-    seen: torch.Tensor,
-) -> None:
-    """Take entropies into the averages of their slots.
+        Args:
+            slots: address of int64 [rows].
+            decay: weight of the past.
 
-    Args:
-        entropy: fp32 [rows] nats.
-        slots: int64 [rows].
-        decay: weight of the past.
-        average, seen: fp32 and bool [slots], changed.
-    """
-    native.short_calls().flexquant_average_entropy(
-        entropy.data_ptr(), slots.data_ptr(), len(entropy), decay,
-        average.data_ptr(), seen.data_ptr(),
-    )  # fmt: skip
+        Returns:
+            False where it does not: too many rows, another dtype, not contiguous, no memory.
+        """
+        code = _DTYPES.get(logits.dtype)
+        rows, vocabulary = logits.shape
+        if code is None or rows > len(self.nats) or not logits.is_contiguous():
+            return False
+        done: bool = self._read(
+            logits.data_ptr(), code, rows, vocabulary, decay, slots, *self._addresses
+        )
+        return done
 
 
 def _address(name: str, tensor: object, dtype: torch.dtype) -> int:

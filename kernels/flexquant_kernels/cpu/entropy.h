@@ -38,25 +38,36 @@ template <class V, Dtype D>
 Partial reduce_chunk(const void* logits, int64_t at, int64_t count) {
   const auto lowest = V::set(-__builtin_inff());
   auto top = lowest;
-  bool nan = false;
-  for (int64_t i = 0; i < count; i += V::kLanes) {
-    const auto v = V::template load_as<D>(logits, at + i, count - i);
-    nan |= V::any_nan(v);
-    top = V::max(top, V::fill_past(v, count - i, lowest));
+  auto magnitude = V::zero();
+  // whole vectors first: their loads need no mask
+  const int64_t whole = count / V::kLanes * V::kLanes;
+  for (int64_t i = 0; i < whole; i += V::kLanes) {
+    const auto v = V::template load_as<D>(logits, at + i);
+    magnitude = V::max_magnitude(magnitude, v);
+    top = V::max(top, v);
+  }
+  if (whole < count) {
+    const auto v = V::template load_as<D>(logits, at + whole, count - whole);
+    magnitude = V::max_magnitude(magnitude, v);
+    top = V::max(top, V::fill_past(v, count - whole, lowest));
   }
   const float max = V::reduce_max(top);
+  const bool nan = V::reduce_max(magnitude) > 0x7F800000;  // of the bits of +inf
   if (nan || max == __builtin_inff()) return {0.0f, 0.0f, 0.0f, true};
   if (max == -__builtin_inff()) return {max, 0.0f, 0.0f, false};
 
   const auto shift = V::set(max), floor = V::set(-87.0f);
   auto sum = V::zero_f(), moment = V::zero_f();
-  for (int64_t i = 0; i < count; i += V::kLanes) {
-    const auto v = V::fill_past(V::template load_as<D>(logits, at + i, count - i), count - i, lowest);
+  const auto add = [&](typename V::F v) FQ_LAMBDA {
     // Below e^-87 the term vanishes in fp32, and -inf would give 0 * inf.
-    const auto far = V::sub(v, shift), d = V::keep_at_least(far, floor, far);
+    const auto far = V::sub(v, shift), d = V::max(far, floor);
     const auto e = V::keep_at_least(far, floor, exp_nonpositive<V>(d));
     sum = V::add(sum, e);
     moment = V::fma(d, e, moment);
+  };
+  for (int64_t i = 0; i < whole; i += V::kLanes) add(V::template load_as<D>(logits, at + i));
+  if (whole < count) {
+    add(V::fill_past(V::template load_as<D>(logits, at + whole, count - whole), count - whole, lowest));
   }
   return {max, V::reduce_add(sum), V::reduce_add(moment), false};
 }

@@ -90,10 +90,13 @@ def attach(path: Path) -> None:
         ("budget_probe", [*[pointer] * 3, whole, whole]),
         ("budget_decide", [pointer] * 3),
         ("budget_book", [pointer] * 3),
-        ("average_entropy", [pointer, pointer, whole, ctypes.c_double, pointer, pointer]),
     ):
         function = getattr(short, f"flexquant_{name}")
         function.argtypes, function.restype = arguments, None
+    short.flexquant_read_logits.argtypes = [
+        pointer, whole, whole, whole, ctypes.c_double, *[pointer] * 4,
+    ]  # fmt: skip
+    short.flexquant_read_logits.restype = ctypes.c_bool
     _library, _short = library, short
 
 

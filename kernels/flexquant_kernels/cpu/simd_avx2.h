@@ -161,7 +161,6 @@ struct Avx2 {
     const I exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
     return _mm256_mul_ps(v, _mm256_castsi256_ps(exponent));
   }
-  static FQ_INLINE bool any_nan(F v) { return _mm256_movemask_ps(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)) != 0; }
   static FQ_INLINE F keep_at_least(F v, F limit, F value) {
     return _mm256_and_ps(_mm256_cmp_ps(v, limit, _CMP_GE_OQ), value);
   }

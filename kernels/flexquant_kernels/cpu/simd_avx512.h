@@ -112,7 +112,6 @@ struct Avx512 {
   static FQ_INLINE float reduce_add(F v) { return _mm512_reduce_add_ps(v); }
   static FQ_INLINE F nearest(F v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static FQ_INLINE F scale_by_power(F v, F n) { return _mm512_scalef_ps(v, n); }
-  static FQ_INLINE bool any_nan(F v) { return _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q) != 0; }
   static FQ_INLINE F keep_at_least(F v, F limit, F value) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(v, limit, _CMP_GE_OQ), value);
   }

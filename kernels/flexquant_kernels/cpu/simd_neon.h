@@ -129,7 +129,6 @@ struct Neon {
     const I exponent = vshlq_n_s32(vaddq_s32(vcvtnq_s32_f32(n), vdupq_n_s32(127)), 23);
     return vmulq_f32(v, vreinterpretq_f32_s32(exponent));
   }
-  static FQ_INLINE bool any_nan(F v) { return vminvq_u32(vceqq_f32(v, v)) == 0; }
   static FQ_INLINE F keep_at_least(F v, F limit, F value) {
     return vreinterpretq_f32_u32(vandq_u32(vcgeq_f32(v, limit), vreinterpretq_u32_f32(value)));
   }
