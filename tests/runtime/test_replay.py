@@ -2,7 +2,6 @@
 """Record a controller's steps, and decide them again from the file."""
 
 import time
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -44,7 +43,7 @@ def drive(made, steps, seed=0):
             made.admit(slot, wishes[pick.integers(len(wishes))])
             made.sequences.forget([slot])
         prompt = [bool(pick.random() < 0.05) for _ in ids]
-        made.before_forward(replace(batch(ids, prompt=prompt), positions=[n % 60] * len(ids)))
+        made.before_forward(batch(ids, prompt=prompt)._replace(positions=[n % 60] * len(ids)))
         logs = 0.6 * pick.standard_normal(len(ids))
         made.probe(torch.tensor([[v, 0.0, 0.0, 0.0] for v in logs], dtype=torch.float32))
         heat = torch.tensor(0.5 + 4 * pick.random(len(ids)), dtype=torch.float32)

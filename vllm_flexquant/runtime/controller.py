@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -40,8 +40,7 @@ from vllm_flexquant.runtime.sequences import SequenceEntropy, SlotBook
 from vllm_flexquant.runtime.table import LevelTable, PrecisionTable, WeightError, allowed_widths
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """Host facts of one step, in the order of the batch.
 
     slots: slot of each request. prompt: the step computes prompt tokens of it. discarded: the
@@ -83,18 +82,19 @@ class StepRecord:
     scores: list[float] | None = None
 
 
-class Remembered:
-    """The array made last, for as long as what it is made of stays equal."""
+@dataclass(frozen=True)
+class BatchFacts:
+    """What the controller makes of a `Batch`.
 
-    def __init__(self) -> None:
-        self._source: object = None
-        self.array: Array = None
+    floor: the highest of the lowest widths that were promised, bits. decoding: places of the
+    sequences that decode. sequences: int64 [4, n] of those, as `BudgetSteps` has them. logit_slots:
+    int64 [rows], where the entropies of the logits go.
+    """
 
-    def of(self, source: object, make: Callable[[], Array]) -> Array:
-        """The array of `source`, a tuple of lists that are not changed later."""
-        if source != self._source:
-            self.array, self._source = make(), source
-        return self.array
+    floor: int = 0
+    decoding: Sequence[int] = ()
+    sequences: Array = None
+    logit_slots: Array = None
 
 
 class Controller:
@@ -111,12 +111,12 @@ class Controller:
         self.classes = ClassBook(options.classes, options.default_class, options.budget, CLASSES)
         self._unheld = Held(*self.classes.admit(Promise())[:2])
         self.budget: BudgetControl | None = None
-        self._floor_in_force = 0
         self._written_floor: int | None = None
         """Under a pinned policy: the floor with which the table was written last."""
         self._batch: Batch | None = None
-        self._decoding: list[int] = []
-        self._facts, self._logit_slots = Remembered(), Remembered()
+        self._facts = BatchFacts()
+        self._facts_from: object = None
+        self._admitted = 0
         self._clocked, self._began, self._seconds = False, time.perf_counter(), 0.0
         self._trace: deque[StepRecord] = deque(maxlen=options.trace_steps)
         self._recorder = Recorder(options.trace_steps) if options.trace_steps else None
@@ -217,6 +217,7 @@ class Controller:
         Raises:
             ValueError: as `Promise.read`; the request runs at all bits.
         """
+        self._admitted += 1
         if slot in self.held:
             self.classes.release(self.held[slot].number)
         self.held[slot] = Held(self._unheld.number, PARENT_BITS)
@@ -233,61 +234,54 @@ class Controller:
         if self._clocked:
             self._clock(batch)
         self._batch = batch
-        held = [self.held.get(slot, self._unheld) for slot in batch.slots]
-        self._floor_in_force = max((h.floor for h in held), default=0)
-        self._decoding = [i for i, prompt in enumerate(batch.prompt) if not prompt]
+        source = batch.slots, batch.rows, batch.prompt, batch.discarded, self._admitted
+        if source != self._facts_from:
+            self._facts, self._facts_from = self._facts_of(batch), source
         if self._pinned:
             self._write_pinned()
         else:
-            self._decide_step(batch, held)
+            self._decide_step(batch)
         if self.options.trace_steps:
             self._record(batch)
         self.steps += 1
 
-    def _decide_step(self, batch: Batch, held: Sequence[Held]) -> None:
-        low, high = self._bounds(self._floor_in_force)
-        if self.options.prefill == "full" and len(self._decoding) < len(batch.slots):
+    def _facts_of(self, batch: Batch) -> BatchFacts:
+        held = [self.held.get(slot, self._unheld) for slot in batch.slots]
+        decoding = [i for i, prompt in enumerate(batch.prompt) if not prompt]
+        rows = (batch.slots, batch.rows, [h.number for h in held], range(len(held)))
+        pairs = zip(batch.slots, batch.discarded, strict=True)
+        return BatchFacts(
+            max((h.floor for h in held), default=0),
+            decoding,
+            indices([[row[i] for i in decoding] for row in rows], self._rungs),
+            indices([self.sequences.discard if d else s for s, d in pairs], self._rungs),
+        )
+
+    def _decide_step(self, batch: Batch) -> None:
+        low, high = self._bounds(self._facts.floor)
+        if self.options.prefill == "full" and len(self._facts.decoding) < len(batch.slots):
             low = high
-        ceiling = self._ceiling()
-        facts = self._facts_of(batch, held)
+        ceiling, sequences = self._ceiling(), self._facts.sequences
         if self._recorder is not None:
-            self._record_step(batch, facts, (low, high), ceiling)
+            self._record_step(batch, (low, high), ceiling)
         if self.policy is None:
             assert self.budget is not None
-            self.budget.begin(facts, (low, high), ceiling)
+            self.budget.begin(sequences, (low, high), ceiling)
             return
-        if self._decoding:
-            self._decide(StepSignals(*self.sequences.of(facts[0]), self._positions(batch)), ceiling)
+        if self._facts.decoding:
+            signals = StepSignals(*self.sequences.of(sequences[0]), self._positions(batch))
+            self._decide(signals, ceiling)
         if self._recorder is not None:
             self._recorder.last.first = self._recorder.last.level = self.last.level.item()
         widths = self._rungs[self.last.level][0]
         self._levels.put(namespace(widths).clip(widths, low, high))
 
-    def _facts_of(self, batch: Batch, held: Sequence[Held]) -> Array:
-        """As `BudgetSteps` has them; the same array as long as they are the same."""
-
-        def make() -> Array:
-            rows = (batch.slots, batch.rows, [h.number for h in held], range(len(held)))
-            return indices([[row[i] for i in self._decoding] for row in rows], self._rungs)
-
-        return self._facts.of((batch.slots, batch.rows, self._decoding, held), make)
-
-    def _logit_slots_of(self, batch: Batch) -> Array:
-        """int64 [rows], where the entropies of the batch's logits go."""
-
-        def make() -> Array:
-            pairs = zip(batch.slots, batch.discarded, strict=True)
-            return indices([self.sequences.discard if d else s for s, d in pairs], self._rungs)
-
-        return self._logit_slots.of((batch.slots, batch.discarded), make)
-
     def _positions(self, batch: Batch) -> Array:
-        return indices([batch.positions[i] for i in self._decoding], self._rungs)
+        return indices([batch.positions[i] for i in self._facts.decoding], self._rungs)
 
-    def _record_step(
-        self, batch: Batch, facts: Array, bounds: tuple[int, int], ceiling: int
-    ) -> None:
+    def _record_step(self, batch: Batch, bounds: tuple[int, int], ceiling: int) -> None:
         assert self._recorder is not None
+        facts = self._facts.sequences
         average, known = self.sequences.of(facts[0])
         step = Step(
             average=host(average),
@@ -316,12 +310,12 @@ class Controller:
         """The best level that load allows for the sequences that decode in this step."""
         if self.options.rank_first == "budget" and self.policy is None:
             return len(self.ladder) - 1
-        return self.load.ceiling(len(self._decoding))
+        return self.load.ceiling(len(self._facts.decoding))
 
     def _clock(self, batch: Batch) -> None:
         """Book the time from the step before to this one, if the engine did not rest in between."""
         now = time.perf_counter()
-        before, began, rows = self._batch, self._began, len(self._decoding)
+        before, began, rows = self._batch, self._began, len(self._facts.decoding)
         self._began, self._seconds = now, now - began
         if before is None or not rows or any(before.prompt):
             return
@@ -330,9 +324,9 @@ class Controller:
 
     def _write_pinned(self) -> None:
         """The level was decided when the policy was adopted; only a floor can change the table."""
-        if self._written_floor != self._floor_in_force:
-            self._levels.put(self._bounded(self._rungs[self.last.level][0], self._floor_in_force))
-            self._written_floor = self._floor_in_force
+        if self._written_floor != self._facts.floor:
+            self._levels.put(self._bounded(self._rungs[self.last.level][0], self._facts.floor))
+            self._written_floor = self._facts.floor
 
     def probe(self, x: torch.Tensor) -> None:
         """Decide later layers by what the probe's layer is given, [rows, H]."""
@@ -354,13 +348,13 @@ class Controller:
             entropy = view(torch.ops.flexquant.entropy(logits))
             self.sequences.update(entropy, view(slots), decay, drafted)
         elif len(logits) == len(batch.slots):
-            entropy = self.sequences.read(logits, self._logit_slots_of(batch), decay)
+            entropy = self.sequences.read(logits, self._facts.logit_slots, decay)
         else:
             return
-        if self.policy is None and self.budget is not None and not drafted and self._decoding:
+        if self.policy is None and self.budget is not None and not drafted and self._facts.decoding:
             self.budget.book(entropy)
             if self._recorder is not None and len(self._recorder):
-                own = host(entropy[self._facts.array[3]])
+                own = host(entropy[self._facts.sequences[3]])
                 self._recorder.last.entropy, self._recorder.last.booked = own, True
         if self.options.trace_steps and self._trace:
             self._finish_record(entropy)
@@ -395,7 +389,7 @@ class Controller:
             ValueError: a bad value; nothing is changed.
         """
         self._adopt(PolicyUpdate.read(changes).apply(self.options))
-        self._levels.put(self._bounded(self._rungs[self.last.level][0], self._floor_in_force))
+        self._levels.put(self._bounded(self._rungs[self.last.level][0], self._facts.floor))
 
     def status(self) -> dict[str, Any]:
         """What is in force now, as plain values (syncs a GPU)."""
@@ -412,7 +406,7 @@ class Controller:
             "levels": len(self.ladder),
             "mean_bits": mean_bits(layers, widths),
             "bytes_read_per_step": bytes_read(layers, widths),
-            "request_floor_bits": self._floor_in_force,
+            "request_floor_bits": self._facts.floor,
             "clamped_widths": ops.clamped_calls(),
             "entropy_nats": {request: average[s] for request, s in batch if seen[s]},
             "budget": self._budget_status(),
@@ -482,7 +476,7 @@ class Controller:
         return {
             "target_ms": target,
             "met": self.load.met,
-            "ceiling": self.load.ceiling(len(self._decoding)),
+            "ceiling": self.load.ceiling(len(self._facts.decoding)),
             "kept": self.load.met >= 1 - 2 * MISSED,
         }
 

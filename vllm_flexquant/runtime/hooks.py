@@ -39,18 +39,18 @@ def _install_v1(runner: Any, controller: Controller) -> None:
         rows = runner.input_batch
         count = rows.num_reqs
         ids = rows.req_ids[:count]
-        book.retain(runner.requests)
-        new = book.admit(ids)
-        for request_id in new:
-            admit(controller, book[request_id], runner.requests[request_id].sampling_params)
-        controller.sequences.forget([book[r] for r in new])
-        slots = [book[r] for r in ids]
+        if ids != book.batch:
+            book.retain(runner.requests)
+            new = book.admit(ids)
+            for request_id in new:
+                admit(controller, book[request_id], runner.requests[request_id].sampling_params)
+            controller.sequences.forget([book[r] for r in new])
         computed, prompt = rows.num_computed_tokens_cpu[:count], rows.num_prompt_tokens[:count]
         ends = runner.query_start_loc.np[1 : count + 1]
         controller.before_forward(
             Batch(
                 request_ids=ids,
-                slots=slots,
+                slots=book.batch_slots,
                 prompt=(computed < prompt).tolist(),
                 discarded=runner.discard_request_mask.np[:count].tolist(),
                 rows=(ends - 1).tolist(),

@@ -16,11 +16,16 @@ if TYPE_CHECKING:
 
 
 class SlotBook:
-    """Gives each running request a slot of the device buffers."""
+    """Gives each running request a slot of the device buffers.
+
+    batch, batch_slots: the requests admitted last and their slots.
+    """
 
     def __init__(self, capacity: int) -> None:
         self._free = list(range(capacity - 1, -1, -1))
         self._slots: dict[str, int] = {}
+        self.batch: list[str] = []
+        self.batch_slots: list[int] = []
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -51,6 +56,8 @@ class SlotBook:
                 self._free.append(self._slots.pop(request_id))
         for request_id in new:
             self._slots[request_id] = self._free.pop()
+        self.batch = list(request_ids)
+        self.batch_slots = [self._slots[r] for r in request_ids]
         return new
 
     def retain(self, running: Container[str]) -> list[str]:
