@@ -145,6 +145,10 @@ class FlexQuantOptions(BaseModel):
     rank_first: Literal["load", "budget"] = Field(
         "load", description="which of target_ms and policy budget wins where both cannot be kept"
     )
+    up_for_free: bool = Field(
+        True,
+        description="all bits at numbers of rows where low widths were measured to save no time",
+    )
     progressive_tokens: int = Field(
         256, ge=1, description="tokens over which policy progressive lowers an answer's level"
     )
@@ -304,6 +308,7 @@ class PolicyUpdate(BaseModel):
     dwell: int | None = Field(None, ge=1)
     target_ms: Millis | None = None
     rank_first: Literal["load", "budget"] | None = None
+    up_for_free: bool | None = None
     progressive_tokens: int | None = Field(None, ge=1)
     progressive_full: int | None = Field(None, ge=0)
     progressive_bits: float | None = None

@@ -4,9 +4,12 @@
     python -m benchmarks.quality.budget --model FOLDER --checkpoint FOLDER
         --text prose=FILE --text code=FILE --text chat=FILE.jsonl [--rows 1 4 16]
 
-One vLLM engine decodes the same teacher-forced text at levels of the ladder and under policy
-budget, at each number of sequences at a time, by several signals. KL is to the unquantized
+One vLLM engine decodes the same teacher-forced text at levels of the ladder and under policies, at
+each number of sequences at a time, policy budget by several signals. KL is to the unquantized
 checkpoint (for the demo's model, the dequantized GGUF), measured in the engine at every step.
+
+*Change of text*: the texts one after another, twice as long, under one account; what is spent in
+the first 1,000 tokens of each, and in those after them.
 
 A policy is compared with a static level of the same mean bits, and of the same KL, both between the
 levels that were measured (log KL taken for linear in bits). Tail: 99th percentile of KL, and how
@@ -34,7 +37,14 @@ from benchmarks.provenance import ROOT, hash_file, provenance, write_json
 from benchmarks.quality.calibrated import RESULTS
 from benchmarks.quality.engine import PROCESSOR, compute_references, decode
 from benchmarks.quality.probe import bits_at
-from benchmarks.quality.sequences import TokenSequence, read_records, scored, summarise
+from benchmarks.quality.sequences import (
+    FIRST_SCORED,
+    TokenSequence,
+    mean_and_error,
+    read_records,
+    scored,
+    summarise,
+)
 from vllm_flexquant.quantize.calibration import cut_tokens, load_tokenizer, read_text
 
 PROMPT, FORCED = 16, 112
@@ -42,6 +52,15 @@ LEVEL_KL = (0.15, 0.07, 0.045, 0.03, 0.0175, 0.0105, 0.0045, 0.0015)
 """Static levels measured: those whose calibrated KL is nearest."""
 
 ASKED = (0.01, 0.03, 0.1)
+OTHERS: dict[str, dict[str, Any]] = {
+    "entropy": {"policy": "entropy"},
+    "progressive": {"policy": "progressive"},
+}
+"""Policies that promise nothing."""
+
+CHANGE_ASKED, SETTLED = 0.03, 1000
+"""Budget across a change of text, and tokens after which it is to be met again."""
+
 SIGNALS = ("probe", "none", "entropy", "both")
 WITHIN = 0.15
 SURE = 0.9
@@ -88,12 +107,36 @@ class Measured:
     def call(self, method: str, *arguments: Any) -> Any:
         return self.llm.collective_rpc(method, args=arguments)[-1]
 
-    def run(self, changes: dict[str, Any], name: str, text: str, rows: int) -> dict[str, Any]:
-        """Decode one text under a policy."""
-        # another budget in between, so that each run begins with an account of its own
+    def adopt(self, changes: dict[str, Any]) -> None:
+        """Take up a policy, with an account of its own."""
         for change in ({"policy": "budget", "budget": 1.0}, changes):
             if reason := self.call("flexquant_update", change):
                 raise SystemExit(f"the engine refused {change}: {reason}")
+
+    def change_of_text(self, everything: Sequence[TokenSequence], rows: int) -> dict[str, Any]:
+        """Decode all texts under one account; spent over asked of each, at first and later on."""
+        self.adopt({"policy": "budget", "signal": "probe", "budget": CHANGE_ASKED})
+        name = f"change of text {rows}"
+        seconds = decode(self.llm, name, everything, rows)
+        # a record is written by each step: they lie in the order in which tokens were decoded
+        records = list(read_records(self.folder / "records.jsonl", name).values())
+        found: dict[str, dict[str, Any]] = {}
+        for text in self.texts:
+            own = [r for r in records if r["id"].rpartition("-")[0] == text]
+            kl = [r["kl"] for r in own if r["position"] >= FIRST_SCORED]
+            parts = {"first": kl[:SETTLED], "later": kl[SETTLED:]}
+            found[text] = {"first_tokens": SETTLED, "later_tokens": len(parts["later"])}
+            for part, values in parts.items():
+                mean, error = mean_and_error(values)
+                found[text][f"{part}_over_asked"] = mean / CHANGE_ASKED
+                found[text][f"{part}_standard_error"] = error / CHANGE_ASKED
+            found[text]["within"] = abs(found[text]["later_over_asked"] - 1) <= WITHIN
+        self.console.print(f"  change of text, {rows} at a time ({seconds:.0f} s)")
+        return {"asked_nats": CHANGE_ASKED, "texts": found}
+
+    def run(self, changes: dict[str, Any], name: str, text: str, rows: int) -> dict[str, Any]:
+        """Decode one text under a policy."""
+        self.adopt(changes)
         self.call("flexquant_trace", True)
         sequences = self.texts[text]
         if rows == 1:
@@ -142,6 +185,10 @@ def measure(
             measured.run({"policy": "manual", "level": n}, f"level {n}", text, rows) | {"level": n}
             for n in sorted(set(levels))
         ]
+        eight = measured.run({"policy": "static", "width": 8}, "static 8 bit", text, rows)
+        others = {name: measured.run(changes, name, text, rows) for name, changes in OTHERS.items()}
+        for result in others.values():
+            compare(static, result)
         policies = []
         for signal in signals:
             for asked in ASKED:
@@ -157,7 +204,7 @@ def measure(
                 }
                 compare(static, result)
                 policies.append(result)
-        found[text] = {"static": static, "policies": policies}
+        found[text] = {"static": static, "8 bit": eight, "others": others, "policies": policies}
     return found
 
 
@@ -212,15 +259,17 @@ def main() -> None:
     facts = provenance(options.model)
     facts["texts"] = {n: {"name": f.name, "sha256": hash_file(f)} for n, f in files.items()}
     tokenizer, console = load_tokenizer(options.model), Console()
-    texts = {n: sequences_of(f, tokenizer, options.sequences, n) for n, f in files.items()}
+    long = {n: sequences_of(f, tokenizer, 2 * options.sequences, n) for n, f in files.items()}
+    texts = {name: sequences[::2] for name, sequences in long.items()}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        everything = [sequence for part in texts.values() for sequence in part]
+        everything = [sequence for part in long.values() for sequence in part]
         compute_references(str(options.model), everything, folder, [8], "float32")
         os.environ |= {
             "BENCH_REFERENCE": str(folder / "reference.npy"),
             "BENCH_RECORD": str(folder / "records.jsonl"),
             "VLLM_FLEXQUANT_TRACE_STEPS": str(TRACE_STEPS),
+            "VLLM_FLEXQUANT_UP_FOR_FREE": "0",  # what is decided must not depend on the clock
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         }
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -242,6 +291,10 @@ def main() -> None:
         results = {
             str(rows): measure(measured, status, rows, options.signals) for rows in options.rows
         }
+        changes = {
+            str(rows): measured.change_of_text(everything, rows)
+            for rows in sorted({min(options.rows), max(options.rows)})
+        }
     facts |= {
         "probe": status["budget"]["probe"],
         "best_nats": status["budget"]["best_nats"],
@@ -249,8 +302,16 @@ def main() -> None:
         "dtype": options.dtype,
         "checkpoint": json.loads((options.checkpoint / "flexquant.json").read_text())["files"],
     }
-    write_json(options.out, {"within": WITHIN, "sure": SURE, "rows": results}, facts)
+    found = {"within": WITHIN, "sure": SURE, "rows": results, "change_of_text": changes}
+    write_json(options.out, found, facts)
     show(results, console)
+    for rows, change in changes.items():
+        for text, part in change["texts"].items():
+            console.print(
+                f"change to {text}, {rows} at a time: {part['first_over_asked']:.2f} of what is "
+                f"asked in the first {SETTLED} tokens, then {part['later_over_asked']:.2f} ± "
+                f"{part['later_standard_error']:.2f}"
+            )
     console.print(f"written to {options.out}")
 
 

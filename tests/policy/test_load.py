@@ -18,7 +18,7 @@ def run(control, rows, steps, seed=0, jitter=0.05):
     for _ in range(steps):
         level = control.ceiling(rows)
         seconds = step_time(rows, level, 1 + jitter * pick.standard_normal())
-        control.book(rows, level, seconds)
+        control.book(rows, COST[level], seconds)
         levels.append(level)
         kept.append(seconds <= (control.target or np.inf))
     return levels, np.array(kept)
@@ -65,14 +65,53 @@ def test_a_machine_that_slows_down_is_followed():
     before, _ = run(control, 4, 200)
     for _ in range(200):
         level = control.ceiling(4)
-        control.book(4, level, 1.15 * step_time(4, level))
+        control.book(4, COST[level], 1.15 * step_time(4, level))
     assert control.ceiling(4) < np.mean(before[50:])
     assert 1.15 * step_time(4, control.ceiling(4)) <= control.target
 
 
 def test_the_line_is_found_once_levels_vary():
-    times = StepTimes()
+    times = StepTimes(forget=0.97)
     for level in [0, 30, 60, 100] * 30:
         times.add(COST[level], step_time(2, level))
     a, b = times.line()
     assert (a, b) == pytest.approx((0.0052, 0.010), rel=0.05)
+
+
+def learn(control, rows, time_of, steps=400, seed=0):
+    pick = np.random.default_rng(seed)
+    for _ in range(steps):
+        level = pick.integers(101) if control.pays(rows) else 100
+        seconds = time_of(rows, level) * (1 + 0.03 * pick.standard_normal())
+        control.book(rows, COST[level], seconds)
+
+
+def test_where_low_widths_save_nothing_is_known_by_the_number_of_rows():
+    control = LoadControl(COST)
+    assert control.pays(32)
+    learn(control, 32, lambda rows, level: 0.03)
+    learn(control, 1, step_time)
+    assert [control.pays(rows) for rows in (1, 8, 20, 32)] == [True, True, False, False]
+    one, many = control.cost_table()
+    assert (one["rows"], many["rows"]) == (1, 32)
+    assert one["cheapest_saves"] == pytest.approx(0.005 / 0.0146, abs=0.03)
+    assert many["cheapest_saves"] == pytest.approx(0.0, abs=0.02)
+    assert many["seconds"] == pytest.approx(0.03, rel=0.02)
+
+
+def test_it_is_asked_again_after_a_while_and_found_again():
+    control = LoadControl(COST)
+    learn(control, 32, lambda rows, level: 0.03)
+    asked = 0
+    for seed in range(12000):
+        asked += control.pays(32)
+        learn(control, 32, lambda rows, level: 0.03, steps=1, seed=seed)
+    assert 0 < asked < 600
+
+
+def test_a_saving_that_is_not_known_well_is_taken_for_one():
+    control = LoadControl(COST)
+    for _ in range(500):
+        control.book(2, 1.0, 0.02)
+    assert control.pays(2)
+    assert control.cost_table()[0]["cheapest_saves"] is None

@@ -75,7 +75,9 @@ def record(with_probe=True):
 
 
 def controller(calibration=None, layers=range(LAYERS), **options):
-    made = Controller(FlexQuantOptions(**{"hysteresis": 0.0, "budget": 0.03} | options))
+    made = Controller(
+        FlexQuantOptions(**{"hysteresis": 0.0, "budget": 0.03, "up_for_free": False} | options)
+    )
     made.allocate(torch.device("cpu"), slots=8, tokens=16)
     for i in layers:
         index, _ = made.table.reserve()

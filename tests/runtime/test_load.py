@@ -92,11 +92,43 @@ def test_a_floor_wins_over_the_target(clock):
         assert min(step(made, clock, "a")) >= 6
 
 
-def test_without_a_target_there_is_no_clock_and_no_policy_load(clock):
+def test_without_a_target_there_is_no_ceiling_and_no_policy_load(clock):
     made = controller()
-    step(made, clock)
-    step(made, clock)
+    for _ in range(5):
+        step(made, clock)
     assert made.status()["load"] is None
-    assert not made.load.times
+    assert made.load.ceiling(1) == len(made.ladder) - 1
     with pytest.raises(ValueError, match="policy load has no target; set target_ms"):
         made.update({"policy": "load"})
+
+
+def test_where_low_widths_save_no_time_every_policy_goes_up_for_free(clock):
+    made = controller(policy="progressive", progressive_tokens=40)
+
+    def progress(ids, seconds):
+        """Widths of the steps of sequences that go on and on."""
+        found = []
+        for n in range(160):
+            slots = [ord(i) - ord("a") for i in ids]
+            none, rows = [False] * len(ids), list(range(len(ids)))
+            made.before_forward(Batch(list(ids), slots, none, none, rows, [n] * len(ids)))
+            found.append(sum(made.table.widths.tolist()))
+            clock[0] += seconds(found[-1])
+        return found
+
+    by_bytes = lambda bits: 0.01 * bits  # noqa: E731
+    assert progress("a", by_bytes)[-1] < 8 * LAYERS
+    assert progress("abcd", lambda bits: 0.02)[-1] == 8 * LAYERS
+    assert progress("a", by_bytes)[-1] < 8 * LAYERS
+    assert [entry["pays"] for entry in made.status()["cost_table"]] == [True, False]
+
+
+def test_steps_at_widths_that_bounds_have_changed_are_no_steps_to_learn_from(clock):
+    made = controller(policy="load", target_ms=4, max_bits=6)
+    for _ in range(10):
+        step(made, clock)
+    assert made.status()["cost_table"] == []
+    made.update({"width": 4})
+    for _ in range(10):
+        step(made, clock)
+    assert made.status()["cost_table"] == []

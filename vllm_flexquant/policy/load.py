@@ -9,17 +9,22 @@ the prior, which says that half of a step's time is its bytes.
 Steps vary, so what is aimed at lies below the target: it falls a little with each step that misses
 and rises less with each that keeps it, until 5 % miss.
 
+The same sums over a longer time are the cost table: where even the cheapest level is known to make
+steps of so many rows hardly shorter, low widths buy nothing.
+
 On the host, for the time is measured there.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-_FORGET = 0.97
-"""Weight of what is known, at each new step."""
+_FORGET, _FORGET_SLOWLY = 0.97, 0.999
+"""Weight of what is known, at each new step: for the next step's time, and in the cost table."""
 
 _PRIOR_STEPS = 4.0
 """Steps for which the prior of b stands."""
@@ -36,27 +41,37 @@ _LEARN = 0.03
 _LEAST_AIM = 0.6
 _FORGET_MET = 0.98
 
+_WORTH = 0.02
+"""Of a step, what the cheapest level must save for low widths to be worth it."""
+
+_ERRORS, _LEAST_STEPS = 2.0, 100
+"""Standard errors by which a saving must be known to be below that, and steps that tell."""
+
 
 @dataclass
 class StepTimes:
     """What steps of so many rows (a power of two at most) have taken, as sums for least squares.
 
-    seconds are those of steps at cost c: sums of 1, c, c², t and ct, fading.
+    seconds are those of steps at cost c: sums of 1, c, c², t, ct and t², fading by `forget`.
     """
 
+    forget: float
     weight: float = 0.0
     cost: float = 0.0
     square: float = 0.0
     seconds: float = 0.0
     product: float = 0.0
+    seconds_square: float = 0.0
 
     def add(self, cost: float, seconds: float) -> None:
         """Take in a step."""
-        new = (1.0, cost, cost * cost, seconds, cost * seconds)
-        old = (self.weight, self.cost, self.square, self.seconds, self.product)
-        self.weight, self.cost, self.square, self.seconds, self.product = (
-            _FORGET * o + n for o, n in zip(old, new, strict=True)
-        )
+        forget = self.forget
+        self.weight = forget * self.weight + 1.0
+        self.cost = forget * self.cost + cost
+        self.square = forget * self.square + cost * cost
+        self.seconds = forget * self.seconds + seconds
+        self.product = forget * self.product + cost * seconds
+        self.seconds_square = forget * self.seconds_square + seconds * seconds
 
     def line(self) -> tuple[float, float]:
         """a and b, in seconds."""
@@ -68,6 +83,22 @@ class StepTimes:
         strength = _PRIOR_STEPS * 0.01  # as if so many steps had been 0.1 apart in cost
         slope = max((covered + strength * prior) / (spread + strength), 0.0)
         return mean - slope * mean_cost, slope
+
+    def saving(self, cheapest: float) -> tuple[float, float]:
+        """What a step at cost `cheapest` saves of one at cost 1, a share, and its standard error.
+
+        Without the prior: where levels have not varied, the error is infinite.
+        """
+        mean_cost, mean = self.cost / self.weight, self.seconds / self.weight
+        spread = self.square - self.weight * mean_cost**2
+        if self.weight < _LEAST_STEPS or spread < 1e-9:
+            return 0.0, math.inf
+        covered = self.product - self.weight * mean_cost * mean
+        slope = covered / spread
+        rest = self.seconds_square - self.weight * mean**2 - slope * covered
+        error = math.sqrt(max(rest, 0.0) / (self.weight - 2) / spread)
+        full = max(mean + slope * (1 - mean_cost), 1e-9)
+        return slope * (1 - cheapest) / full, error * (1 - cheapest) / full
 
 
 @dataclass
@@ -83,15 +114,18 @@ class LoadControl:
     met: float = 1.0
     aim: float = 0.95
     times: dict[int, StepTimes] = field(default_factory=dict)
+    table: dict[int, StepTimes] = field(default_factory=dict)
 
     def aim_at(self, target: float | None) -> None:
         """Keep another target from now on, None for none; what is known of steps stays."""
         if target != self.target:
             self.target, self.met, self.aim = target, 1.0, 0.95
 
-    def book(self, rows: int, level: int, seconds: float) -> None:
-        """Take in a decode step of `rows` at `level`."""
-        self.times.setdefault(_bucket(rows), StepTimes()).add(float(self.cost[level]), seconds)
+    def book(self, rows: int, cost: float, seconds: float) -> None:
+        """Take in a decode step of `rows` at a cost over that of the best level."""
+        bucket = _bucket(rows)
+        self.times.setdefault(bucket, StepTimes(_FORGET)).add(cost, seconds)
+        self.table.setdefault(bucket, StepTimes(_FORGET_SLOWLY)).add(cost, seconds)
         if self.target is not None:
             kept = float(seconds <= self.target)
             self.met = _FORGET_MET * self.met + (1 - _FORGET_MET) * kept
@@ -107,6 +141,32 @@ class LoadControl:
         a, b = self.times[bucket].line()
         within = np.flatnonzero(a + b * self.cost <= self.aim * self.target)
         return int(within[-1]) if len(within) else 0
+
+    def pays(self, rows: int) -> bool:
+        """Whether low widths may make steps of so many rows shorter; True until it is known."""
+        times = self.table.get(_bucket(rows))
+        if times is None:
+            return True
+        saved, error = times.saving(float(self.cost[0]))
+        return bool(saved + _ERRORS * error > _WORTH)
+
+    def cost_table(self) -> list[dict[str, Any]]:
+        """Of each number of rows seen: rows at most, seconds of a step of late, what the cheapest
+        level saves of a step at the best one, its standard error, and whether that pays."""
+        found = []
+        for bucket, times in sorted(self.table.items()):
+            saved, error = times.saving(float(self.cost[0]))
+            known = math.isfinite(error)
+            found.append(
+                {
+                    "rows": 1 << bucket,
+                    "seconds": times.seconds / times.weight,
+                    "cheapest_saves": saved if known else None,
+                    "error": error if known else None,
+                    "pays": self.pays(1 << bucket),
+                }
+            )
+        return found
 
 
 def _bucket(rows: int) -> int:

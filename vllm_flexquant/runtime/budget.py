@@ -177,6 +177,12 @@ class BudgetControl:
         if self._facts.shape[1]:
             self._steps.book(entropy)
 
+    def cost(self) -> float:
+        """Of the step decided last, over that of the best level (waits for a GPU)."""
+        known = self._plain
+        first, later = self.first.level.item(), self.later.level.item()
+        return float(known.early_cost[first] + known.late_cost[later])
+
     def status(self, names: Mapping[int, str]) -> dict[str, Any]:
         """What each class asked for and was booked, by its name."""
         ledger, xp = self.ledger, namespace(self._like)

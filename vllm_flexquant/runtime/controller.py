@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -117,7 +117,8 @@ class Controller:
         self._facts = BatchFacts()
         self._facts_from: object = None
         self._admitted = 0
-        self._clocked, self._began, self._seconds = False, time.perf_counter(), 0.0
+        self._began, self._seconds = time.perf_counter(), 0.0
+        self._cost: Callable[[], float] | None = None
         self._trace: deque[StepRecord] = deque(maxlen=options.trace_steps)
         self._recorder = Recorder(options.trace_steps) if options.trace_steps else None
 
@@ -194,7 +195,6 @@ class Controller:
         self.options = options
         self._bounds_by_floor: dict[int, tuple[int, int]] = {}
         self.load.aim_at(options.target_ms and options.target_ms / 1e3)
-        self._clocked = options.target_ms is not None or self._recorder is not None
         self._written_floor = None
         if self._recorder is not None:
             self._recorder.clear()
@@ -231,13 +231,13 @@ class Controller:
 
     def before_forward(self, batch: Batch) -> None:
         """Decide the widths of this step and write the table."""
-        if self._clocked:
-            self._clock(batch)
         self._batch = batch
         source = batch.slots, batch.rows, batch.prompt, batch.discarded, self._admitted
+        self._clock(steady=source == self._facts_from)
         if source != self._facts_from:
             self._facts, self._facts_from = self._facts_of(batch), source
         if self._pinned:
+            self._cost = None
             self._write_pinned()
         else:
             self._decide_step(batch)
@@ -259,9 +259,13 @@ class Controller:
 
     def _decide_step(self, batch: Batch) -> None:
         low, high = self._bounds(self._facts.floor)
-        if self.options.prefill == "full" and len(self._facts.decoding) < len(batch.slots):
+        decoding = len(self._facts.decoding)
+        if self.options.up_for_free and not self.load.pays(decoding):
+            low = high
+        if self.options.prefill == "full" and decoding < len(batch.slots):
             low = high
         ceiling, sequences = self._ceiling(), self._facts.sequences
+        self._cost = self._cost_within((low, high))
         if self._recorder is not None:
             self._record_step(batch, (low, high), ceiling)
         if self.policy is None:
@@ -312,15 +316,27 @@ class Controller:
             return len(self.ladder) - 1
         return self.load.ceiling(len(self._facts.decoding))
 
-    def _clock(self, batch: Batch) -> None:
-        """Book the time from the step before to this one, if the engine did not rest in between."""
+    def _clock(self, steady: bool) -> None:
+        """Book the time from the step before to this one, if both were of the same sequences."""
         now = time.perf_counter()
-        before, began, rows = self._batch, self._began, len(self._facts.decoding)
-        self._began, self._seconds = now, now - began
-        if before is None or not rows or any(before.prompt):
-            return
-        if not set(before.request_ids).isdisjoint(batch.request_ids):
-            self.load.book(rows, self._level().item(), now - began)
+        self._seconds, self._began = now - self._began, now
+        rows, cost = len(self._facts.decoding), self._cost
+        if steady and cost is not None and rows == len(self._facts.logit_slots):
+            self.load.book(rows, cost(), self._seconds)
+
+    def _cost_within(self, bounds: tuple[int, int]) -> Callable[[], float] | None:
+        """What tells, once it is decided, the cost of this step over one at the best level; None
+        where bounds leave neither the level's widths nor the best ones, or a GPU would be waited
+        for to no end."""
+        if self.device.type != "cpu" and self.load.target is None:
+            return None
+        if bounds[0] == self._widths[-1]:
+            return lambda: 1.0
+        if bounds != (self._widths[0], self._widths[-1]):
+            return None
+        if self.policy is None and self.budget is not None:
+            return self.budget.cost
+        return lambda: float(self.load.cost[self.last.level.item()])
 
     def _write_pinned(self) -> None:
         """The level was decided when the policy was adopted; only a floor can change the table."""
@@ -411,6 +427,7 @@ class Controller:
             "entropy_nats": {request: average[s] for request, s in batch if seen[s]},
             "budget": self._budget_status(),
             "load": self._load_status(),
+            "cost_table": self.load.cost_table(),
             "ladder": {
                 "source": self.ladder.source,
                 "kl_nats": self.ladder.kl_nats and list(self.ladder.kl_nats),
