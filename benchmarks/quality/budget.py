@@ -22,7 +22,6 @@ import argparse
 import itertools
 import json
 import math
-import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,9 +32,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import trace
-from benchmarks.provenance import ROOT, hash_file, provenance, write_json
+from benchmarks.provenance import provenance, write_json
 from benchmarks.quality.calibrated import RESULTS
-from benchmarks.quality.engine import PROCESSOR, compute_references, decode
+from benchmarks.quality.engine import TRACE_STEPS, compute_references, decode, start_engine
 from benchmarks.quality.probe import bits_at
 from benchmarks.quality.sequences import (
     FIRST_SCORED,
@@ -45,6 +44,7 @@ from benchmarks.quality.sequences import (
     scored,
     summarise,
 )
+from benchmarks.quality.texts import add_text_option, text_facts, text_files
 from vllm_flexquant.quantize.calibration import cut_tokens, load_tokenizer, read_text
 
 PROMPT, FORCED = 16, 112
@@ -64,7 +64,6 @@ CHANGE_ASKED, SETTLED = 0.03, 1000
 SIGNALS = ("probe", "none", "entropy", "both")
 WITHIN = 0.15
 SURE = 0.9
-TRACE_STEPS = 20_000
 
 
 def sequences_of(file: Path, tokenizer: Any, count: int, name: str) -> list[TokenSequence]:
@@ -246,18 +245,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Asked and spent, in the engine.")
     parser.add_argument("--model", type=Path, required=True, help="unquantized checkpoint folder")
     parser.add_argument("--checkpoint", type=Path, required=True, help="calibrated checkpoint")
-    parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE")
+    add_text_option(parser)
     parser.add_argument("--sequences", type=int, default=16, help=f"of {FORCED} tokens each")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--signals", nargs="+", choices=SIGNALS, default=SIGNALS)
     parser.add_argument("--dtype", default="float16")
     parser.add_argument("--out", type=Path, default=RESULTS / "budget.json")
     options = parser.parse_args()
-    if wrong := [text for text in options.text if "=" not in text]:
-        raise SystemExit(f"--text is {wrong[0]}; give it as NAME=FILE")
-    files = {name: Path(file) for name, _, file in (t.partition("=") for t in options.text)}
+    files = text_files(options.text)
     facts = provenance(options.model)
-    facts["texts"] = {n: {"name": f.name, "sha256": hash_file(f)} for n, f in files.items()}
+    facts["texts"] = text_facts(files)
     tokenizer, console = load_tokenizer(options.model), Console()
     long = {n: sequences_of(f, tokenizer, 2 * options.sequences, n) for n, f in files.items()}
     texts = {name: sequences[::2] for name, sequences in long.items()}
@@ -265,27 +262,7 @@ def main() -> None:
         folder = Path(temporary)
         everything = [sequence for part in long.values() for sequence in part]
         compute_references(str(options.model), everything, folder, [8], "float32")
-        os.environ |= {
-            "BENCH_REFERENCE": str(folder / "reference.npy"),
-            "BENCH_RECORD": str(folder / "records.jsonl"),
-            "VLLM_FLEXQUANT_TRACE_STEPS": str(TRACE_STEPS),
-            "VLLM_FLEXQUANT_UP_FOR_FREE": "0",  # what is decided must not depend on the clock
-            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-        }
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        from vllm import LLM
-
-        llm = LLM(
-            str(options.checkpoint),
-            dtype=options.dtype,
-            enforce_eager=True,
-            max_model_len=1024,
-            max_num_seqs=max(options.rows),
-            # a cached prefix would bring the keys and values of another width into a run
-            enable_prefix_caching=False,
-            logits_processors=[PROCESSOR],
-        )
+        llm = start_engine(str(options.checkpoint), folder, options.dtype, max(options.rows))
         measured = Measured(llm, folder, texts, console)
         status = measured.call("flexquant_status")
         results = {

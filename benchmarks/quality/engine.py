@@ -103,14 +103,13 @@ def decode(llm: Any, run: str, sequences: Sequence[TokenSequence], rows: int) ->
     return time.monotonic() - began
 
 
-def run_engine(
-    options: argparse.Namespace, sequences: Sequence[TokenSequence], folder: Path, console: Console
-) -> dict[str, Any]:
-    """Results of each width, level and policy entropy, from one engine."""
+def start_engine(model: str, folder: Path, dtype: str, rows: int, **arguments: Any) -> Any:
+    """An eager `vllm.LLM` that compares what it decodes with the references in `folder`."""
     os.environ |= {
         "BENCH_REFERENCE": str(folder / "reference.npy"),
         "BENCH_RECORD": str(folder / "records.jsonl"),
         "VLLM_FLEXQUANT_TRACE_STEPS": str(TRACE_STEPS),
+        "VLLM_FLEXQUANT_UP_FOR_FREE": "0",  # what is decided must not depend on the clock
         # worker processes import this module's processor by name
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
@@ -118,17 +117,24 @@ def run_engine(
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm import LLM
 
-    llm = LLM(
-        options.model,
-        quantization="flexquant",
-        dtype=options.dtype,
+    return LLM(
+        model,
+        dtype=dtype,
         enforce_eager=True,
         max_model_len=1024,
-        max_num_seqs=options.rows,
+        max_num_seqs=rows,
         # a cached prefix would bring the keys and values of another width into a run
         enable_prefix_caching=False,
         logits_processors=[PROCESSOR],
+        **arguments,
     )
+
+
+def run_engine(
+    options: argparse.Namespace, sequences: Sequence[TokenSequence], folder: Path, console: Console
+) -> dict[str, Any]:
+    """Results of each width, level and policy entropy, from one engine."""
+    llm = start_engine(options.model, folder, options.dtype, options.rows, quantization="flexquant")
     runs = [(f"static {w}", {"policy": "static", "width": w}) for w in options.widths]
     runs += [(f"level {n}", {"policy": "manual", "level": n}) for n in options.levels]
     runs.append(("entropy", {"policy": "entropy"}))

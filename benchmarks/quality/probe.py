@@ -27,8 +27,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks.provenance import hash_file, provenance, write_json
+from benchmarks.provenance import provenance, write_json
 from benchmarks.quality.calibrated import LENGTH, RESULTS, Comparison, StoredCheckpoint
+from benchmarks.quality.texts import add_text_option, text_facts, text_files
 from vllm_flexquant.format.record import ProbeRecord
 from vllm_flexquant.quantize import probe
 from vllm_flexquant.quantize.blocks import BlockModel
@@ -108,15 +109,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What the probe is worth.")
     parser.add_argument("--model", type=Path, required=True, help="unquantized checkpoint folder")
     parser.add_argument("--checkpoint", type=Path, required=True, help="calibrated checkpoint")
-    parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE")
+    add_text_option(parser)
     parser.add_argument("--sequences", type=int, default=8, help="of 512 tokens, of each text")
     parser.add_argument("--out", type=Path, default=RESULTS / "probe.json")
     options = parser.parse_args()
-    if wrong := [text for text in options.text if "=" not in text]:
-        raise SystemExit(f"--text is {wrong[0]}; give it as NAME=FILE")
-    files = {name: Path(file) for name, _, file in (t.partition("=") for t in options.text)}
+    files = text_files(options.text)
     facts = provenance(options.model)
-    facts["texts"] = {n: {"name": f.name, "sha256": hash_file(f)} for n, f in files.items()}
+    facts["texts"] = text_facts(files)
     tokenizer = load_tokenizer(options.model)
     tokens = {
         name: cut_tokens(read_text(str(file)), tokenizer, options.sequences, LENGTH).fit

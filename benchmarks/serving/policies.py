@@ -135,7 +135,7 @@ def measure_load(engine: Engine, prompts: Sequence[Sequence[int]], full: float) 
         began = time.perf_counter()
         inner.step()
         ended = time.perf_counter()
-        batch = controller(engine)._batch
+        batch = controller(engine).batch
         steps.append(
             {
                 "seconds": ended - began,

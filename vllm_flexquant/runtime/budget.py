@@ -85,6 +85,11 @@ class BudgetControl:
         self._facts = indices([[]] * 4, self._like)
         self.probed = False
 
+    @property
+    def probe_layer(self) -> int:
+        """Index of the first layer that the probe decides."""
+        return self._state.probe_layer
+
     def adopt(self, options: FlexQuantOptions) -> None:
         """Go on by other options; steps are decided here from the next `begin` on."""
         self._state.active[:] = self._asks_probe = False

@@ -24,7 +24,7 @@ from vllm_flexquant.policy.arrays import Array, host, indices, integers, namespa
 from vllm_flexquant.policy.budget import CLASSES
 from vllm_flexquant.policy.choose import make_policy, resolve_policy
 from vllm_flexquant.policy.decision import Decision, LevelPolicy, StepSignals, decide_below
-from vllm_flexquant.policy.load import MISSED, LoadControl
+from vllm_flexquant.policy.load import LoadControl
 from vllm_flexquant.policy.promise import ClassBook, Promise
 from vllm_flexquant.policy.trace import Recorder, Step
 from vllm_flexquant.runtime.budget import BudgetControl
@@ -32,11 +32,11 @@ from vllm_flexquant.runtime.figures import listen, read_figures
 from vllm_flexquant.runtime.ladder import (
     Ladder,
     build_ladder,
-    bytes_read,
     calibrated_ladder,
-    mean_bits,
 )
+from vllm_flexquant.runtime.metrics import RunAt, SinceAsked, StepCounts
 from vllm_flexquant.runtime.sequences import SequenceEntropy, SlotBook
+from vllm_flexquant.runtime.status import metrics, status
 from vllm_flexquant.runtime.table import LevelTable, PrecisionTable, WeightError, allowed_widths
 
 
@@ -113,12 +113,15 @@ class Controller:
         self.budget: BudgetControl | None = None
         self._written_floor: int | None = None
         """Under a pinned policy: the floor with which the table was written last."""
-        self._batch: Batch | None = None
-        self._facts = BatchFacts()
+        self.batch: Batch | None = None
+        self.facts = BatchFacts()
         self._facts_from: object = None
         self._admitted = 0
         self._began, self._seconds = time.perf_counter(), 0.0
         self._cost: Callable[[], float] | None = None
+        self._run_at: tuple[int, int] | None = None
+        """Bounds of the step before, if it was one of decoding alone."""
+        self.counts, self.since_asked = StepCounts(), SinceAsked()
         self._trace: deque[StepRecord] = deque(maxlen=options.trace_steps)
         self._recorder = Recorder(options.trace_steps) if options.trace_steps else None
 
@@ -198,7 +201,7 @@ class Controller:
         self._written_floor = None
         if self._recorder is not None:
             self._recorder.clear()
-        if self._pinned:
+        if self.pinned:
             assert self.policy is not None
             slots = indices([], self._rungs)
             self._decide(StepSignals(*self.sequences.of(slots), slots))
@@ -231,16 +234,18 @@ class Controller:
 
     def before_forward(self, batch: Batch) -> None:
         """Decide the widths of this step and write the table."""
-        self._batch = batch
+        self.count()
+        self.batch = batch
         source = batch.slots, batch.rows, batch.prompt, batch.discarded, self._admitted
         self._clock(steady=source == self._facts_from)
         if source != self._facts_from:
-            self._facts, self._facts_from = self._facts_of(batch), source
-        if self._pinned:
-            self._cost = None
+            self.facts, self._facts_from = self._facts_of(batch), source
+        if self.pinned:
+            self._cost, bounds = None, self._bounds(self.facts.floor)
             self._write_pinned()
         else:
-            self._decide_step(batch)
+            bounds = self._decide_step(batch)
+        self._run_at = bounds if self.facts.decoding and not any(batch.prompt) else None
         if self.options.trace_steps:
             self._record(batch)
         self.steps += 1
@@ -257,35 +262,49 @@ class Controller:
             indices([self.sequences.discard if d else s for s, d in pairs], self._rungs),
         )
 
-    def _decide_step(self, batch: Batch) -> None:
-        low, high = self._bounds(self._facts.floor)
-        decoding = len(self._facts.decoding)
+    def count(self) -> None:
+        """Count the step before; on a GPU its level would have to be waited for."""
+        if self._run_at is not None and self.device.type == "cpu":
+            self.counts.add(RunAt(*self._run_at, *self._levels_run()))
+        self._run_at = None
+
+    def _levels_run(self) -> tuple[int, int]:
+        if self.policy is None and self.budget is not None:
+            return self.budget.first.level.item(), self.budget.later.level.item()
+        level = self.last.level.item()
+        return level, level
+
+    def _decide_step(self, batch: Batch) -> tuple[int, int]:
+        """Returns the bounds in bits that were in force."""
+        low, high = self._bounds(self.facts.floor)
+        decoding = len(self.facts.decoding)
         if self.options.up_for_free and not self.load.pays(decoding):
             low = high
         if self.options.prefill == "full" and decoding < len(batch.slots):
             low = high
-        ceiling, sequences = self._ceiling(), self._facts.sequences
+        ceiling, sequences = self._ceiling(), self.facts.sequences
         self._cost = self._cost_within((low, high))
         if self._recorder is not None:
             self._record_step(batch, (low, high), ceiling)
         if self.policy is None:
             assert self.budget is not None
             self.budget.begin(sequences, (low, high), ceiling)
-            return
-        if self._facts.decoding:
+            return low, high
+        if self.facts.decoding:
             signals = StepSignals(*self.sequences.of(sequences[0]), self._positions(batch))
             self._decide(signals, ceiling)
         if self._recorder is not None:
             self._recorder.last.first = self._recorder.last.level = self.last.level.item()
         widths = self._rungs[self.last.level][0]
         self._levels.put(namespace(widths).clip(widths, low, high))
+        return low, high
 
     def _positions(self, batch: Batch) -> Array:
-        return indices([batch.positions[i] for i in self._facts.decoding], self._rungs)
+        return indices([batch.positions[i] for i in self.facts.decoding], self._rungs)
 
     def _record_step(self, batch: Batch, bounds: tuple[int, int], ceiling: int) -> None:
         assert self._recorder is not None
-        facts = self._facts.sequences
+        facts = self.facts.sequences
         average, known = self.sequences.of(facts[0])
         step = Step(
             average=host(average),
@@ -314,14 +333,14 @@ class Controller:
         """The best level that load allows for the sequences that decode in this step."""
         if self.options.rank_first == "budget" and self.policy is None:
             return len(self.ladder) - 1
-        return self.load.ceiling(len(self._facts.decoding))
+        return self.load.ceiling(len(self.facts.decoding))
 
     def _clock(self, steady: bool) -> None:
         """Book the time from the step before to this one, if both were of the same sequences."""
         now = time.perf_counter()
         self._seconds, self._began = now - self._began, now
-        rows, cost = len(self._facts.decoding), self._cost
-        if steady and cost is not None and rows == len(self._facts.logit_slots):
+        rows, cost = len(self.facts.decoding), self._cost
+        if steady and cost is not None and rows == len(self.facts.logit_slots):
             self.load.book(rows, cost(), self._seconds)
 
     def _cost_within(self, bounds: tuple[int, int]) -> Callable[[], float] | None:
@@ -340,9 +359,9 @@ class Controller:
 
     def _write_pinned(self) -> None:
         """The level was decided when the policy was adopted; only a floor can change the table."""
-        if self._written_floor != self._facts.floor:
-            self._levels.put(self._bounded(self._rungs[self.last.level][0], self._facts.floor))
-            self._written_floor = self._facts.floor
+        if self._written_floor != self.facts.floor:
+            self._levels.put(self._bounded(self._rungs[self.last.level][0], self.facts.floor))
+            self._written_floor = self.facts.floor
 
     def probe(self, x: torch.Tensor) -> None:
         """Decide later layers by what the probe's layer is given, [rows, H]."""
@@ -356,7 +375,7 @@ class Controller:
             logits: [rows, vocabulary], before penalties and temperature, masks applied.
             slots: int64 [rows] of each row; default: one row per request, in batch order.
         """
-        batch = self._batch
+        batch = self.batch
         if batch is None:
             return
         decay, drafted = self.options.entropy_decay, slots is not None
@@ -364,19 +383,19 @@ class Controller:
             entropy = view(torch.ops.flexquant.entropy(logits))
             self.sequences.update(entropy, view(slots), decay, drafted)
         elif len(logits) == len(batch.slots):
-            entropy = self.sequences.read(logits, self._facts.logit_slots, decay)
+            entropy = self.sequences.read(logits, self.facts.logit_slots, decay)
         else:
             return
-        if self.policy is None and self.budget is not None and not drafted and self._facts.decoding:
+        if self.policy is None and self.budget is not None and not drafted and self.facts.decoding:
             self.budget.book(entropy)
             if self._recorder is not None and len(self._recorder):
-                own = host(entropy[self._facts.sequences[3]])
+                own = host(entropy[self.facts.sequences[3]])
                 self._recorder.last.entropy, self._recorder.last.booked = own, True
         if self.options.trace_steps and self._trace:
             self._finish_record(entropy)
 
     @property
-    def _pinned(self) -> bool:
+    def pinned(self) -> bool:
         return self.options.policy in PINNED
 
     def _bounds(self, floor: int) -> tuple[int, int]:
@@ -385,7 +404,7 @@ class Controller:
         if found is None:
             options = self.options
             low, high = options.min_bits, options.max_bits
-            if self._pinned and options.width is not None:
+            if self.pinned and options.width is not None:
                 low = high = options.width
             low = width_at_least(self._widths, max(low, floor))
             found = low, max(width_at_most(self._widths, high), low)
@@ -405,48 +424,15 @@ class Controller:
             ValueError: a bad value; nothing is changed.
         """
         self._adopt(PolicyUpdate.read(changes).apply(self.options))
-        self._levels.put(self._bounded(self._rungs[self.last.level][0], self._facts.floor))
+        self._levels.put(self._bounded(self._rungs[self.last.level][0], self.facts.floor))
 
     def status(self) -> dict[str, Any]:
-        """What is in force now, as plain values (syncs a GPU)."""
-        from flexquant_kernels import ops
+        """As `runtime.status.status`."""
+        return status(self)
 
-        assert self.table is not None
-        layers, widths = self.table.layers, self.table.widths.tolist()
-        average, seen = self.sequences.average.tolist(), self.sequences.seen.tolist()
-        batch = zip(self._batch.request_ids, self._batch.slots, strict=True) if self._batch else ()
-        return {
-            "steps": self.steps,
-            "options": self._plain_options(),
-            "level": self._level().item(),
-            "levels": len(self.ladder),
-            "mean_bits": mean_bits(layers, widths),
-            "bytes_read_per_step": bytes_read(layers, widths),
-            "request_floor_bits": self._facts.floor,
-            "clamped_widths": ops.clamped_calls(),
-            "entropy_nats": {request: average[s] for request, s in batch if seen[s]},
-            "budget": self._budget_status(),
-            "load": self._load_status(),
-            "cost_table": self.load.cost_table(),
-            "ladder": {
-                "source": self.ladder.source,
-                "kl_nats": self.ladder.kl_nats and list(self.ladder.kl_nats),
-                "mean_bits": list(self.ladder.mean_bits),
-                "bytes_read_per_step": list(self.ladder.bytes_read),
-            },
-            "layers": [
-                {
-                    "name": layer.name,
-                    "width": width,
-                    "widths": list(layer.widths),
-                    "shape": [layer.rows, layer.columns],
-                    "group_size": layer.group_size,
-                    "kernel": layer.kernel,
-                    "why": layer.reason,
-                }
-                for layer, width in zip(layers, widths, strict=True)
-            ],
-        }
+    def metrics(self) -> dict[str, Any]:
+        """As `runtime.status.metrics`."""
+        return metrics(self)
 
     def steps_trace(self) -> bytes:
         """The last `trace_steps` steps as the content of a file that `flexquant replay` reads.
@@ -456,10 +442,10 @@ class Controller:
         """
         if self._recorder is None:
             raise ValueError("no steps are recorded; start the server with trace_steps, say 10000")
-        if self._pinned:
+        if self.pinned:
             raise ValueError(f"policy {self.options.policy} decides nothing; choose another one")
         header = {
-            "options": self._plain_options(),
+            "options": self.plain_options(),
             "mean_bits": list(self.ladder.mean_bits),
             "cost": list(self.ladder.cost),
             "figures": self.budget and self.budget.figures,
@@ -474,28 +460,14 @@ class Controller:
             self._trace.clear()
         return records
 
-    def _plain_options(self) -> dict[str, Any]:
+    def plain_options(self) -> dict[str, Any]:
         return self.options.model_dump(mode="json") | {"layout": str(self.options.layout)}
 
-    def _level(self) -> Array:
+    def level(self) -> Array:
         """int32 [1], of the layers that are decided last."""
         if self.policy is None and self.budget is not None:
             return self.budget.later.level
         return self.last.level
-
-    def _budget_status(self) -> dict[str, Any] | None:
-        return None if self.budget is None else self.budget.status(self.classes.names)
-
-    def _load_status(self) -> dict[str, Any] | None:
-        target = self.options.target_ms
-        if target is None:
-            return None
-        return {
-            "target_ms": target,
-            "met": self.load.met,
-            "ceiling": self.load.ceiling(len(self._facts.decoding)),
-            "kept": self.load.met >= 1 - 2 * MISSED,
-        }
 
     def _record(self, batch: Batch) -> None:
         average, seen = self.sequences.average.tolist(), self.sequences.seen.tolist()
@@ -504,7 +476,7 @@ class Controller:
                 step=self.steps,
                 request_ids=list(batch.request_ids),
                 prompt=list(batch.prompt),
-                level=self._level().item(),
+                level=self.level().item(),
                 widths=self._written.tolist(),
                 average=[average[s] if seen[s] else None for s in batch.slots],
             )

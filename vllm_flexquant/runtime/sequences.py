@@ -72,13 +72,16 @@ class SequenceEntropy:
     """Moving average of the entropy of each sequence's logits.
 
     average: fp32 [slots + 1] nats; seen: bool [slots + 1]. The last slot takes rows that count for
-    no sequence (prompt chunks whose token is discarded).
+    no sequence (prompt chunks whose token is discarded). unknown: int64 [1], rows so far whose
+    logits were no distribution.
     """
 
     def __init__(self, slots: int, device: torch.device) -> None:
         self.average = torch.zeros(slots + 1, dtype=torch.float32, device=device)
         self.seen = torch.zeros(slots + 1, dtype=torch.bool, device=device)
         self._average, self._seen = view(self.average), view(self.seen)
+        self.unknown = torch.zeros(1, dtype=torch.int64, device=device)
+        self._unknown = view(self.unknown)
         self._reader: LogitsReader | None = None
 
     def use_kernels(self) -> None:
@@ -87,7 +90,7 @@ class SequenceEntropy:
         from flexquant_kernels.cpu.budget import LogitsReader
 
         if isinstance(self._average, np.ndarray) and ops.native_status().loaded:
-            self._reader = LogitsReader(len(self.average), self.average, self.seen)
+            self._reader = LogitsReader(len(self.average), self.average, self.seen, self.unknown)
             self._nats = self._read = view(self._reader.nats)
             self._slots: Array = None
             self._address = 0
@@ -145,6 +148,7 @@ class SequenceEntropy:
         mixed = entropy + decay * (before - entropy)
         keep = seen & xp.isfinite(mixed)
         self._average[slots] = xp.where(keep, mixed, entropy)
+        self._unknown += (~xp.isfinite(entropy)).sum()
         self._seen[slots] = True
 
 

@@ -147,6 +147,10 @@ class FlexWorkerMixin:
             return str(error)
         return ""
 
+    def flexquant_metrics(self) -> dict[str, Any]:
+        """As `Controller.metrics`."""
+        return self._config.controller.metrics()
+
     def flexquant_trace(self, clear: bool = False) -> list[dict[str, Any]]:
         """As `Controller.trace`."""
         return self._config.controller.trace(clear)

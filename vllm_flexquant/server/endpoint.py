@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`GET` and `POST /v1/flexquant`, covered by vLLM's `--api-key` as all paths under `/v1`."""
+"""`GET` and `POST /v1/flexquant`, covered by vLLM's `--api-key` as all paths under `/v1`; and our
+part of `/metrics`, which is not, as vLLM's."""
 
 from __future__ import annotations
 
@@ -10,6 +11,8 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from vllm_flexquant.config import METHOD, PolicyUpdate
+from vllm_flexquant.server.engine import flexquant_engine
+from vllm_flexquant.server.metrics import AskBeforeMetrics
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -31,6 +34,7 @@ class FlexQuantEndpoint:
         app.add_api_route(PATH, self.show, methods=["GET"])
         app.add_api_route(PATH, self.change, methods=["POST"])
         app.add_api_route(TRACE_PATH, self.trace, methods=["GET"])
+        app.add_middleware(AskBeforeMetrics)
 
     async def init_state(
         self, engine_client: EngineClient | None, state: State, args: Namespace
@@ -39,7 +43,7 @@ class FlexQuantEndpoint:
 
     async def show(self, request: Request) -> JSONResponse:
         """Policy, widths now, entropies and the table of layers; `?trace=1` adds recorded steps."""
-        engine = _engine(request)
+        engine = flexquant_engine(request.app)
         if engine is None:
             return _refusal(404, "this server does not run a flexquant model")
         ranks = await engine.collective_rpc("flexquant_status")
@@ -50,7 +54,7 @@ class FlexQuantEndpoint:
 
     async def change(self, request: Request) -> JSONResponse:
         """Change the policy; answers as `GET` does, or 400 with nothing changed."""
-        engine = _engine(request)
+        engine = flexquant_engine(request.app)
         if engine is None:
             return _refusal(404, "this server does not run a flexquant model")
         try:
@@ -70,21 +74,13 @@ class FlexQuantEndpoint:
 
     async def trace(self, request: Request) -> Response:
         """The recorded steps as a file for `flexquant replay`, of the rank that sees logits."""
-        engine = _engine(request)
+        engine = flexquant_engine(request.app)
         if engine is None:
             return _refusal(404, "this server does not run a flexquant model")
         found = (await engine.collective_rpc("flexquant_steps_trace"))[-1]
         if isinstance(found, str):
             return _refusal(400, found)
         return Response(found, media_type="application/octet-stream")
-
-
-def _engine(request: Request) -> Any:
-    """The engine client, if it serves a flexquant model."""
-    engine = getattr(request.app.state, "flexquant_engine", None)
-    if engine is None or engine.model_config.quantization != METHOD:
-        return None
-    return engine
 
 
 def _refusal(status: int, message: str) -> JSONResponse:

@@ -224,7 +224,8 @@ FQ_EXPORT void flexquant_budget_book(BudgetState* s, const Sequences* q, const f
 // Entropies of the rows of logits, nats, and into the averages of their slots; runtime/sequences.py says how.
 // False where scratch memory cannot be had.
 FQ_EXPORT bool flexquant_read_logits(const void* logits, int64_t dtype, int64_t rows, int64_t vocab, double decay,
-                                     const int64_t* slots, float* nats, float* average, bool* seen) {
+                                     const int64_t* slots, float* nats, float* average, bool* seen,
+                                     int64_t* unknown) {
   try {
     flexquant::entropy({logits, nats, static_cast<Dtype>(dtype), rows, vocab, omp_get_max_threads()});
   } catch (const std::bad_alloc&) {
@@ -235,6 +236,7 @@ FQ_EXPORT bool flexquant_read_logits(const void* logits, int64_t dtype, int64_t 
     const float mixed = nats[i] + static_cast<float>(decay) * (average[slot] - nats[i]);
     average[slot] = seen[slot] && std::isfinite(mixed) ? mixed : nats[i];
     seen[slot] = true;
+    *unknown += !std::isfinite(nats[i]);
   }
   return true;
 }

@@ -170,8 +170,12 @@ class NativeBudget:
 class LogitsReader:
     """Entropies of logits, and their averages by slot, in one call."""
 
-    def __init__(self, rows: int, average: torch.Tensor, seen: torch.Tensor) -> None:
+    def __init__(
+        self, rows: int, average: torch.Tensor, seen: torch.Tensor, unknown: torch.Tensor
+    ) -> None:
         """Of up to ``rows`` rows, into fp32 and bool [slots], which stay where they are.
+
+        ``unknown``, int64 [1], counts rows whose entropy is no number.
 
         Raises:
             ValueError: a tensor has another dtype or device, or is not contiguous.
@@ -179,11 +183,12 @@ class LogitsReader:
         """
         self._read = native.short_calls().flexquant_read_logits
         self.nats = torch.zeros(rows, dtype=torch.float32)
-        self._kept = average, seen
+        self._kept = average, seen, unknown
         self._addresses = (
             self.nats.data_ptr(),
             _address("average", average, torch.float32),
             _address("seen", seen, torch.bool),
+            _address("unknown", unknown, torch.int64),
         )
 
     def __call__(self, logits: torch.Tensor, slots: int, decay: float) -> bool:

@@ -94,7 +94,7 @@ def attach(path: Path) -> None:
         function = getattr(short, f"flexquant_{name}")
         function.argtypes, function.restype = arguments, None
     short.flexquant_read_logits.argtypes = [
-        pointer, whole, whole, whole, ctypes.c_double, *[pointer] * 4,
+        pointer, whole, whole, whole, ctypes.c_double, *[pointer] * 5,
     ]  # fmt: skip
     short.flexquant_read_logits.restype = ctypes.c_bool
     _library, _short = library, short
