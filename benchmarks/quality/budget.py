@@ -75,6 +75,11 @@ def sequences_of(file: Path, tokenizer: Any, count: int, name: str) -> list[Toke
     ]
 
 
+def nearest_level(ladder: Sequence[float], kl: float) -> int:
+    """The level whose calibrated KL is nearest to `kl`, by their ratio."""
+    return min(range(len(ladder)), key=lambda i: abs(math.log(ladder[i] / kl)))
+
+
 def kl_at(bits: float, static: Sequence[tuple[float, float]]) -> float:
     """KL of a static level of so many mean bits, between (bits, KL) ascending in bits."""
     for (below, low), (above, high) in itertools.pairwise(static):
@@ -177,7 +182,7 @@ def measure(
 ) -> dict[str, Any]:
     """Every text at static levels and under budgets, `rows` sequences at a time."""
     ladder = status["ladder"]["kl_nats"]
-    levels = [min(range(len(ladder)), key=lambda i: abs(ladder[i] / kl - 1)) for kl in LEVEL_KL]
+    levels = [nearest_level(ladder, kl) for kl in LEVEL_KL]
     found: dict[str, Any] = {}
     for text in measured.texts:
         static = [

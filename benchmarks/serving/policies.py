@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What policies cost and save in time, on a calibrated checkpoint, in one engine.
 
-    python -m benchmarks.serving.policies --checkpoint FOLDER [--batches 1 16] [--rounds N]
+    python -m benchmarks.serving.policies --checkpoint FOLDER [--batches 1 4 16] [--rounds N]
 
-Three parts. *Steps*: policies and static widths take turns, round by round; times are ratios to
+Three parts. *Steps*: policies and static levels take turns, round by round; times are ratios to
 static 8 bit of the same round, and their medians. `budget at 8 bit` runs the same widths as static
 8 bit with all of the machinery; *owners* says what that takes of a step, by the clock of
-`owners.py`. *Load*: requests come and go under policy load; step by step, the time, the rows and
-the bits. KL of the same policies and levels: `benchmarks.quality.budget`.
+`owners.py`. *Load*: requests come and go under policy load, asked for 0.7 of a full step, and for
+what lies half way to the cheapest level's; step by step, the time, the rows and the bits. KL of the
+same policies and levels: `benchmarks.quality.budget`; `policies_plot` puts both in one picture.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import argparse
 import os
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.provenance import provenance, write_json
+from benchmarks.quality.budget import ASKED, LEVEL_KL, OTHERS, nearest_level
 from benchmarks.quality.sequences import TEXT
 from benchmarks.serving import owners
 from benchmarks.serving.engine import ENVIRON, MAX_ROWS, Engine, EngineSpec
@@ -34,21 +36,25 @@ from vllm_flexquant.runtime import ladder
 
 BASE = "static 8 bit"
 MACHINERY = "budget at 8 bit"
-POLICIES: dict[str, dict[str, Any]] = {
-    BASE: {"policy": "static", "width": 8},
-    "static 6 bit": {"policy": "static", "width": 6},
-    "static 4 bit": {"policy": "static", "width": 4},
-    MACHINERY: {"policy": "budget", "min_bits": 8, "budget": 0.03},
-    "budget 0.01": {"policy": "budget", "min_bits": 2, "budget": 0.01},
-    "budget 0.03": {"policy": "budget", "min_bits": 2, "budget": 0.03},
-    "budget 0.1": {"policy": "budget", "min_bits": 2, "budget": 0.1},
-    "budget 0.03, no signal": {
-        "policy": "budget",
-        "min_bits": 2,
-        "budget": 0.03,
-        "signal": "none",
-    },
-}
+
+
+def budget(signal: str, asked: float, **more: Any) -> dict[str, Any]:
+    """Options of policy budget."""
+    return {"policy": "budget", "min_bits": 2, "signal": signal, "budget": asked} | more
+
+
+def policies_of(kl_nats: Sequence[float]) -> dict[str, dict[str, Any]]:
+    """Options by name, as `benchmarks.quality.budget` names them, for a ladder of these KL."""
+    levels = sorted({nearest_level(kl_nats, kl) for kl in LEVEL_KL})
+    return {
+        BASE: {"policy": "static", "width": 8},
+        **{f"level {n}": {"policy": "manual", "level": n} for n in levels},
+        MACHINERY: budget("probe", 0.03, min_bits=8),
+        **{f"{s} {asked}": budget(s, asked) for s in ("probe", "none") for asked in ASKED},
+        **{name: {"min_bits": 2} | changes for name, changes in OTHERS.items()},
+    }
+
+
 SHARE_BOUND = 0.015
 """Of a decode step, what the machinery may take at most."""
 
@@ -62,16 +68,21 @@ TRACED = 12
 
 
 def measure_steps(
-    engine: Engine, prompts: Sequence[Sequence[int]], rounds: int, tokens: int, console: Console
+    engine: Engine,
+    policies: Mapping[str, dict[str, Any]],
+    prompts: Sequence[Sequence[int]],
+    rounds: int,
+    tokens: int,
+    console: Console,
 ) -> dict[str, Any]:
     """Median seconds of a decode step by policy, each round in another order."""
-    found: dict[str, list[float]] = {name: [] for name in POLICIES}
-    bits = {name: mean_bits(engine, prompts, name, tokens) for name in POLICIES}
+    found: dict[str, list[float]] = {name: [] for name in policies}
+    bits = {name: mean_bits(engine, prompts, options, tokens) for name, options in policies.items()}
     for number in range(rounds):
-        order = list(POLICIES)
+        order = list(policies)
         random.Random(number).shuffle(order)
         for name in order:
-            use(engine, name)
+            use(engine, policies[name])
             list(engine.steps(prompts, 4))
             found[name].append(median(list(engine.steps(prompts, tokens))[1:]))
         console.print(f"  batch {len(prompts)}: round {number + 1} of {rounds}")
@@ -88,15 +99,17 @@ def measure_steps(
     }
 
 
-def use(engine: Engine, name: str) -> None:
+def use(engine: Engine, options: dict[str, Any]) -> None:
     """Take up a policy, with an account of its own."""
     engine.set_policy({"policy": "budget", "budget": 1.0, "signal": "probe"})
-    engine.set_policy(POLICIES[name])
+    engine.set_policy(options)
 
 
-def mean_bits(engine: Engine, prompts: Sequence[Sequence[int]], name: str, tokens: int) -> float:
+def mean_bits(
+    engine: Engine, prompts: Sequence[Sequence[int]], options: dict[str, Any], tokens: int
+) -> float:
     """Mean over decode steps, in a pass that is not timed."""
-    use(engine, name)
+    use(engine, options)
     found = [bits_now(engine) for _ in engine.steps(prompts, tokens)]
     return sum(found[1:]) / len(found[1:])
 
@@ -112,11 +125,18 @@ def controller(engine: Engine) -> Any:
     return engine.runner.vllm_config.quant_config.controller
 
 
-def measure_load(engine: Engine, prompts: Sequence[Sequence[int]], full: float) -> dict[str, Any]:
-    """One request, then all, then one again, under policy load."""
+def measure_load(
+    engine: Engine, prompts: Sequence[Sequence[int]], full: float, share: float
+) -> dict[str, Any]:
+    """One request, then all, then one again, under policy load.
+
+    Args:
+        full: seconds of a step of all at all bits.
+        share: of that, what is asked for.
+    """
     from vllm import SamplingParams, TokensPrompt
 
-    target = LOAD_TARGET * full
+    target = share * full
     engine.set_policy({"policy": "load", "target_ms": 1e3 * target, "min_bits": 2})
     inner = engine.llm.llm_engine
     steps: list[dict[str, Any]] = []
@@ -159,8 +179,8 @@ def measure_load(engine: Engine, prompts: Sequence[Sequence[int]], full: float) 
             break
     return {
         "target_seconds": target,
+        "target_over_full": share,
         "full_seconds": full,
-        "cheapest_over_full": None,
         "steps": steps,
         "kept_after_a_second": sum(s["seconds"] <= target for s in after_a_second)
         / max(len(after_a_second), 1),
@@ -176,7 +196,7 @@ def show(results: dict[str, Any], console: Console) -> None:
     for batch in results["steps"]:
         table.add_column(f"batch {batch}", justify="right")
         table.add_column("bits", justify="right")
-    for name in POLICIES:
+    for name in results["policies"]:
         cells = []
         for found in results["steps"].values():
             cells += [f"{found[name]['time_over_8_bit']:.3f}", f"{found[name]['mean_bits']:.2f}"]
@@ -186,19 +206,22 @@ def show(results: dict[str, Any], console: Console) -> None:
         share = found["machinery_share"]
         verdict = "met" if share <= SHARE_BOUND else "NOT MET"
         console.print(f"machinery at batch {batch}: {share:.2%} of a step ({verdict})")
-    load = results["load"]
-    console.print(
-        f"load: {load['kept_after_a_second']:.0%} of steps within the target after a second, "
-        f"{load['bits_under_load']:.2f} bits, all bits again after "
-        f"{load['seconds_until_all_bits']} s"
-    )
+    console.print(f"cheapest level at the widest batch: {results['cheapest_over_full']:.2f}")
+    for load in results["load"]:
+        back = load["seconds_until_all_bits"]
+        console.print(
+            f"load, {load['target_over_full']:.2f} of a full step asked: "
+            f"{load['kept_after_a_second']:.0%} of steps within the target after a second, "
+            f"{load['bits_under_load']:.2f} bits, all bits again after "
+            f"{'the end' if back is None else f'{back:.2f} s'}"
+        )
 
 
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description="What policies cost and save in time.")
     parser.add_argument("--checkpoint", type=Path, required=True, help="calibrated checkpoint")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, MAX_ROWS])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, MAX_ROWS])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--out", type=Path, default=RESULTS / "policies-cpu.json")
@@ -213,12 +236,17 @@ def main() -> None:
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     prompts = [ids[i * PROMPT : (i + 1) * PROMPT] for i in range(MAX_ROWS)]
     engine = Engine(EngineSpec("flexquant", str(options.checkpoint), "bfloat16"))
+    ladder_kl = controller(engine).ladder.kl_nats
+    if ladder_kl is None:
+        raise SystemExit(f"{options.checkpoint} is not calibrated; quantize with calibration")
+    policies = policies_of(ladder_kl)
+    cheapest = next(name for name in policies if name.startswith("level "))
     steps, shares = {}, {}
     for batch in options.batches:
         steps[str(batch)] = measure_steps(
-            engine, prompts[:batch], options.rounds, options.tokens, console
+            engine, policies, prompts[:batch], options.rounds, options.tokens, console
         )
-        use(engine, "budget 0.03")
+        use(engine, policies["probe 0.03"])
         found = owners.profile(engine, prompts[:batch], options.tokens, TRACED)
         found["machinery_share"] = sum(
             entry["share"]
@@ -228,15 +256,19 @@ def main() -> None:
         shares[str(batch)] = found
     widest = str(max(options.batches))
     base = steps[widest]
-    load = measure_load(engine, prompts[: int(widest)], median(base[BASE]["step_seconds"]))
-    load["cheapest_over_full"] = base["static 4 bit"]["time_over_8_bit"]
+    least, full = base[cheapest]["time_over_8_bit"], median(base[BASE]["step_seconds"])
+    load = [
+        measure_load(engine, prompts[: int(widest)], full, share)
+        for share in (LOAD_TARGET, (1 + least) / 2)
+    ]
     results = {
         "settings": {"prompt_tokens": PROMPT, "tokens": options.tokens, "rounds": options.rounds},
         "engine": engine.facts(),
-        "policies": POLICIES,
+        "policies": policies,
         "steps": steps,
         "owners": shares,
         "share_bound": SHARE_BOUND,
+        "cheapest_over_full": least,
         "load": load,
     }
     write_json(options.out, results, facts)
