@@ -32,7 +32,11 @@ FLAGS = (
     "-fno-sanitize=null,object-size", "-fno-sanitize-address-use-after-scope",
     "--param=asan-instrumentation-with-call-threshold=0",
 )  # fmt: skip
-TESTS = ("tests/kernels/test_linear.py", "tests/kernels/test_entropy.py")
+TESTS = (
+    "tests/kernels/test_linear.py",
+    "tests/kernels/test_entropy.py",
+    "tests/runtime/test_budget_steps.py",
+)
 NOT_RUN = "compiled"  # torch.compile runs the C++ compiler, which gains nothing from a sanitizer
 EXIT_CODE = 86
 """Of a process that a sanitizer ends."""

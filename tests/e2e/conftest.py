@@ -129,3 +129,10 @@ def greedy() -> Callable[..., Any]:
         return SamplingParams(temperature=0.0, max_tokens=tokens, **arguments)
 
     return make
+
+
+@pytest.fixture(scope="module")
+def greedy_tokens():
+    from vllm import SamplingParams
+
+    return SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)

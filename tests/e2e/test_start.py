@@ -6,27 +6,14 @@ import json
 import shutil
 
 import pytest
-import torch
 import workers
 from conftest import running_engine
+from models import PROMPTS, SHAPE, pin, small_checkpoint, tokens
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from benchmarks.quality.sequences import TEXT
 from vllm_flexquant.config import FlexQuantOptions
-from vllm_flexquant.quantize.calibrate import CalibrationOptions, calibrate_checkpoint
 from vllm_flexquant.quantize.pipeline import quantize_checkpoint
-from vllm_flexquant.quantize.prune import prune_checkpoint
-
-PROMPTS = ["The capital of France is", "Once upon a time,"]
-
-
-def tokens(outputs):
-    return [list(output.outputs[0].token_ids) for output in outputs]
-
-
-def pin(llm, **changes):
-    assert set(llm.collective_rpc("flexquant_update", args=(changes,))) == {""}
 
 
 @pytest.fixture(scope="module")
@@ -38,13 +25,6 @@ def at_width(smollm2, greedy_tokens):
             pin(llm, width=width)
             found[width] = tokens(llm.generate(PROMPTS, greedy_tokens))
     return found
-
-
-@pytest.fixture(scope="module")
-def greedy_tokens():
-    from vllm import SamplingParams
-
-    return SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
@@ -139,30 +119,6 @@ def test_preempted_requests_all_finish(smollm2):
         assert len(held) <= 3
 
 
-def small_checkpoint(folder, smollm2, config):
-    """A random model of another shape with SmolLM2's tokenizer."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    folder.mkdir()
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(smollm2 / name, folder)
-    torch.manual_seed(0)  # the same tokens come out of every run
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
-    model.bfloat16().save_pretrained(folder)
-    return folder
-
-
-SHAPE = {
-    "vocab_size": 49152,
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-}
-
-
 def test_tensor_parallel_ranks_agree(smollm2, tmp_path, greedy_tokens, monkeypatch):
     """Quantized at load and from saved planes; SmolLM2's nine heads cannot be split in two."""
     model = small_checkpoint(tmp_path / "llama", smollm2, {"model_type": "llama", **SHAPE})
@@ -193,92 +149,6 @@ def test_tensor_parallel_ranks_agree(smollm2, tmp_path, greedy_tokens, monkeypat
     shapes = {layer["name"]: layer["shape"] for layer in part["layers"]}
     assert shapes["lm_head"] == [49152 // 2, 128]
     assert shapes["model.layers.0.mlp.down_proj"] == [128, 256 // 2]
-
-
-def exact_beside_others_is_as_if_pinned(llm, record):
-    """Also: the probe decides within the step, and both ranks decide the same."""
-    from vllm import SamplingParams
-    from vllm.exceptions import VLLMValidationError
-
-    def asking(count, **wishes):
-        return SamplingParams(
-            temperature=0.0,
-            max_tokens=count,
-            ignore_eos=True,
-            extra_args={f"flexquant_{name}": value for name, value in wishes.items()},
-        )
-
-    exact = asking(24, **{"class": "exact"})
-    rungs = record.ladder.rungs
-    budget = rungs[len(rungs) // 2].kl_nats + record.int8_activations[0]
-    llm.collective_rpc("flexquant_trace", args=(True,))
-    beside = llm.generate([*PROMPTS, *PROMPTS], [exact] * 2 + [asking(48, budget=budget)] * 2)
-    traces = llm.collective_rpc("flexquant_trace", args=(True,))
-    assert traces[0] == traces[1]
-    together, alone = traces[0][5:20], traces[0][-20:]
-    assert [set(step["widths"]) for step in together] == [{8}] * 15
-    assert all(min(step["widths"]) < 8 for step in alone)
-    assert len({tuple(step["scores"]) for step in alone}) > 10
-    assert any(step["first_level"] != step["level"] for step in alone)
-    for status in llm.collective_rpc("flexquant_status"):
-        accounts = status["budget"]["classes"]
-        own = accounts[f"budget {budget:g}"]
-        assert (accounts["exact"]["tokens"], own["tokens"]) == (2 * 23, 2 * 47)
-        assert accounts["exact"]["booked_nats"] < own["booked_nats"] < 2 * budget
-    with pytest.raises(VLLMValidationError, match=r"flexquant_class is 'golden'; .* has exact"):
-        llm.generate(PROMPTS[:1], asking(1, **{"class": "golden"}))
-    pin(llm, width=8)
-    assert tokens(llm.generate(PROMPTS, exact)) == tokens(beside[:2])
-
-
-def test_a_calibrated_checkpoint_brings_its_ladder_to_all_ranks(
-    smollm2, tmp_path, greedy_tokens, monkeypatch
-):
-    model = small_checkpoint(tmp_path / "llama", smollm2, {"model_type": "llama", **SHAPE})
-    settings = CalibrationOptions(
-        text=str(TEXT), sequences=12, length=128, measured_rungs=3, measured_units=4
-    )
-    record = calibrate_checkpoint(model, tmp_path / "saved", FlexQuantOptions(), settings)
-    rungs = record.ladder.rungs[::-1]
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    with running_engine(tmp_path / "saved", max_model_len=256, tensor_parallel_size=2) as llm:
-        for status in llm.collective_rpc("flexquant_status"):
-            assert status["ladder"]["source"] == "KL on text.txt (greedy)"
-            assert status["ladder"]["kl_nats"] == [rung.kl_nats for rung in rungs]
-            assert status["ladder"]["mean_bits"] == pytest.approx([r.mean_bits for r in rungs])
-            assert status["options"]["policy"] == "budget"
-            assert status["budget"]["probe"] == record.probe.layer
-        exact_beside_others_is_as_if_pinned(llm, record)
-        level = len(rungs) // 2
-        pin(llm, level=level)
-        llm.generate(PROMPTS, greedy_tokens)
-        widths = record.widths_after(rungs[level].steps)
-        for status in llm.collective_rpc("flexquant_status"):
-            found = {layer["name"]: layer["width"] for layer in status["layers"]}
-            assert (
-                found["model.layers.1.self_attn.qkv_proj"]
-                == (widths["model.layers.1.self_attn.q_proj"])
-            )
-            assert (
-                found["model.layers.0.mlp.gate_up_proj"] == (widths["model.layers.0.mlp.gate_proj"])
-            )
-            assert len(set(found.values())) > 1
-            assert sorted(found.values()) == sorted(widths.values())
-        answers = tokens(llm.generate(PROMPTS, greedy_tokens))
-    # the same level of the same weights, with nothing stored for levels above
-    pruned = tmp_path / "pruned"
-    prune_checkpoint(tmp_path / "saved", pruned, rungs[level].mean_bits)
-    with running_engine(
-        pruned,
-        max_model_len=256,
-        tensor_parallel_size=2,
-        additional_config={"flexquant": {"policy": "static"}},
-    ) as llm:
-        for status in llm.collective_rpc("flexquant_status"):
-            assert status["levels"] == level + 1
-            assert status["ladder"]["kl_nats"] == [rung.kl_nats for rung in rungs[: level + 1]]
-            assert sorted(layer["width"] for layer in status["layers"]) == sorted(widths.values())
-        assert tokens(llm.generate(PROMPTS, greedy_tokens)) == answers
 
 
 def test_untied_output_layer_and_biases(smollm2, tmp_path, greedy_tokens):

@@ -43,9 +43,10 @@ from vllm_flexquant.runtime.table import LevelTable, PrecisionTable, WeightError
 class Batch(NamedTuple):
     """Host facts of one step, in the order of the batch.
 
-    slots: slot of each request. prompt: the step computes prompt tokens of it. discarded: the
-    token sampled for it is thrown away (a prompt chunk that is not the last). rows: its last row in
-    what the forward pass computes. positions: tokens that it has generated.
+    slots: slot of each request. prompt: the step computes prompt tokens of it, or tokens of its
+    answer that were computed before it was preempted. discarded: the token sampled for it is thrown
+    away (a chunk that is not the last). rows: its last row in what the forward pass computes.
+    positions: tokens that it has generated.
     """
 
     request_ids: Sequence[str]
@@ -146,12 +147,14 @@ class Controller:
         errors: Mapping[str, WeightError] | None = None,
         calibration: CalibrationRecord | None = None,
         fused: Mapping[str, Sequence[str]] | None = None,
+        ranks: int = 1,
     ) -> None:
         """Build ladder and policy once all layers are loaded.
 
         Args:
             errors: as `build_ladder`, which is used where there is no `calibration`.
             fused: as `calibrated_ladder`.
+            ranks: workers of the model, which must decide the same without asking each other.
 
         Raises:
             ValueError: the options ask for what the checkpoint does not have.
@@ -159,6 +162,7 @@ class Controller:
         from flexquant_kernels import ops  # noqa: F401 - registers the operators
 
         assert self.table is not None
+        self._ranks = ranks
         layers = self.table.layers
         self.ladder: Ladder = (
             calibrated_ladder(layers, calibration, fused or {})
@@ -278,7 +282,8 @@ class Controller:
         """Returns the bounds in bits that were in force."""
         low, high = self._bounds(self.facts.floor)
         decoding = len(self.facts.decoding)
-        if self.options.up_for_free and not self.load.pays(decoding):
+        # each rank has a clock of its own
+        if self.options.up_for_free and self._ranks == 1 and not self.load.pays(decoding):
             low = high
         if self.options.prefill == "full" and decoding < len(batch.slots):
             low = high

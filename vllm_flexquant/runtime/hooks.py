@@ -33,6 +33,7 @@ def _install_v1(runner: Any, controller: Controller) -> None:
     through here, so they run at whatever the table holds.
     """
     book = controller.requests = SlotBook(runner.max_num_reqs)
+    drafts = runner.vllm_config.speculative_config is not None
     model_forward = runner._model_forward
 
     def announce() -> None:
@@ -46,13 +47,18 @@ def _install_v1(runner: Any, controller: Controller) -> None:
                 admit(controller, book[request_id], runner.requests[request_id].sampling_params)
             controller.sequences.forget([book[r] for r in new])
         computed, prompt = rows.num_computed_tokens_cpu[:count], rows.num_prompt_tokens[:count]
-        ends = runner.query_start_loc.np[1 : count + 1]
+        starts, ends = runner.query_start_loc.np[:count], runner.query_start_loc.np[1 : count + 1]
+        discarded = runner.discard_request_mask.np[:count]
+        filling = (computed < prompt) | discarded
+        if not drafts:
+            # a preempted sequence that is back computes its own answer again, as a prompt
+            filling |= ends - starts > 1
         controller.before_forward(
             Batch(
                 request_ids=ids,
                 slots=book.batch_slots,
-                prompt=(computed < prompt).tolist(),
-                discarded=runner.discard_request_mask.np[:count].tolist(),
+                prompt=filling.tolist(),
+                discarded=discarded.tolist(),
                 rows=(ends - 1).tolist(),
                 positions=(computed - prompt).tolist(),
             )

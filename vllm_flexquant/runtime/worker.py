@@ -68,7 +68,12 @@ class FlexWorkerMixin:
                 f"{'; '.join(self._config.left_alone) or 'it has no linear layers'}; "
                 "serve it without --quantization flexquant"
             )
-        controller.start(errors, self._config.calibration, self._config.packed_modules_mapping)
+        controller.start(
+            errors,
+            self._config.calibration,
+            self._config.packed_modules_mapping,
+            get_world_group().world_size,
+        )
         self._install_probe()
         hooks.install(self.model_runner, controller)
         self._compile()

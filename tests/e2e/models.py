@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small models, what they are asked, and what comes of it."""
+
+import shutil
+
+import torch
+
+PROMPTS = ["The capital of France is", "Once upon a time,"]
+
+
+def tokens(outputs):
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def pin(llm, **changes):
+    assert set(llm.collective_rpc("flexquant_update", args=(changes,))) == {""}
+
+
+def small_checkpoint(folder, smollm2, config):
+    """A random model of another shape with SmolLM2's tokenizer."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(smollm2 / name, folder)
+    torch.manual_seed(0)  # the same tokens come out of every run
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    model.bfloat16().save_pretrained(folder)
+    return folder
+
+
+SHAPE = {
+    "vocab_size": 49152,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
