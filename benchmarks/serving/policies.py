@@ -65,6 +65,8 @@ CALM, BUSY = 60, 200
 """Steps of one request before the load and after it, and tokens of each request in it."""
 
 TRACED = 12
+CLASS_BUDGET = 0.02
+"""Of class `balanced`, nats per token."""
 
 
 def measure_steps(
@@ -123,6 +125,65 @@ def bits_now(engine: Engine) -> float:
 def controller(engine: Engine) -> Any:
     """Of the engine's worker, which is in this process."""
     return engine.runner.vllm_config.quant_config.controller
+
+
+def measure_classes(
+    engine: Engine, prompts: Sequence[Sequence[int]], tokens: int, rounds: int
+) -> list[dict[str, Any]]:
+    """What it costs that the strictest request rules the step: classes alone and side by side.
+
+    Each entry has the requests of each class, the mean bits and the median seconds of a decode
+    step, and what each class was booked per token.
+    """
+    count = len(prompts)
+    mixes = [
+        {"fast": count},
+        {"balanced": count},
+        {"exact": count},
+        {"fast": count // 2, "balanced": count - count // 2},
+        {"fast": count - 1, "exact": 1},
+    ]
+    found: list[dict[str, Any]] = [{"requests": mix, "step_seconds": []} for mix in mixes]
+    for number in range(rounds):
+        order = list(range(len(mixes)))
+        random.Random(number).shuffle(order)
+        for index in order:
+            use(engine, budget("probe", CLASS_BUDGET))
+            wanted = [name for name, n in mixes[index].items() for _ in range(n)]
+            seconds, bits = run_classes(engine, prompts, wanted, tokens)
+            accounts = controller(engine).status()["budget"]["classes"]
+            found[index]["step_seconds"].append(median(seconds))
+            found[index] |= {
+                "mean_bits": sum(bits) / len(bits),
+                "booked_nats": {name: accounts[name]["booked_nats"] for name in mixes[index]},
+            }
+    return found
+
+
+def run_classes(
+    engine: Engine, prompts: Sequence[Sequence[int]], classes: Sequence[str], tokens: int
+) -> tuple[list[float], list[float]]:
+    """Seconds and mean bits of the decode steps of requests of these classes."""
+    from vllm import SamplingParams, TokensPrompt
+
+    inner = engine.llm.llm_engine
+    for i, (prompt, name) in enumerate(zip(prompts, classes, strict=True)):
+        params = SamplingParams(
+            temperature=0.0,
+            max_tokens=tokens,
+            ignore_eos=True,
+            detokenize=False,
+            extra_args={"flexquant_class": name},
+        )
+        inner.add_request(f"class {i}", TokensPrompt(prompt_token_ids=list(prompt)), params)
+    seconds, bits = [], []
+    while inner.has_unfinished_requests():
+        began = time.perf_counter()
+        inner.step()
+        if not any(controller(engine).batch.prompt):
+            seconds.append(time.perf_counter() - began)
+            bits.append(bits_now(engine))
+    return seconds, bits
 
 
 def measure_load(
@@ -206,6 +267,17 @@ def show(results: dict[str, Any], console: Console) -> None:
         share = found["machinery_share"]
         verdict = "met" if share <= SHARE_BOUND else "NOT MET"
         console.print(f"machinery at batch {batch}: {share:.2%} of a step ({verdict})")
+    exact = next(e for e in results["classes"] if list(e["requests"]) == ["exact"])
+    for entry in results["classes"]:
+        mix = ", ".join(f"{n} {name}" for name, n in entry["requests"].items())
+        booked = ", ".join(f"{name} {kl:.4f}" for name, kl in entry["booked_nats"].items())
+        ratio = median(
+            own / other
+            for own, other in zip(entry["step_seconds"], exact["step_seconds"], strict=True)
+        )
+        console.print(
+            f"{mix}: {entry['mean_bits']:.2f} bits, {ratio:.2f} of exact, booked {booked}"
+        )
     console.print(f"cheapest level at the widest batch: {results['cheapest_over_full']:.2f}")
     for load in results["load"]:
         back = load["seconds_until_all_bits"]
@@ -261,6 +333,9 @@ def main() -> None:
         measure_load(engine, prompts[: int(widest)], full, share)
         for share in (LOAD_TARGET, (1 + least) / 2)
     ]
+    classes = measure_classes(
+        engine, prompts[: int(widest)], options.tokens, max(options.rounds // 2, 1)
+    )
     results = {
         "settings": {"prompt_tokens": PROMPT, "tokens": options.tokens, "rounds": options.rounds},
         "engine": engine.facts(),
@@ -269,6 +344,7 @@ def main() -> None:
         "owners": shares,
         "share_bound": SHARE_BOUND,
         "cheapest_over_full": least,
+        "classes": classes,
         "load": load,
     }
     write_json(options.out, results, facts)
