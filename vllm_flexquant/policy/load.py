@@ -47,12 +47,16 @@ _WORTH = 0.02
 _ERRORS, _LEAST_STEPS = 2.0, 100
 """Standard errors by which a saving must be known to be below that, and steps that tell."""
 
+_LOOK = 32
+"""Steps of so many rows between two looks at the table."""
+
 
 @dataclass
 class StepTimes:
     """What steps of so many rows (a power of two at most) have taken, as sums for least squares.
 
-    seconds are those of steps at cost c: sums of 1, c, c², t, ct and t², fading by `forget`.
+    seconds are those of steps at cost c: sums of 1, c, c², t, ct and t², fading by `forget`. steps:
+    how many there were.
     """
 
     forget: float
@@ -62,10 +66,12 @@ class StepTimes:
     seconds: float = 0.0
     product: float = 0.0
     seconds_square: float = 0.0
+    steps: int = 0
 
     def add(self, cost: float, seconds: float) -> None:
         """Take in a step."""
         forget = self.forget
+        self.steps += 1
         self.weight = forget * self.weight + 1.0
         self.cost = forget * self.cost + cost
         self.square = forget * self.square + cost * cost
@@ -115,6 +121,7 @@ class LoadControl:
     aim: float = 0.95
     times: dict[int, StepTimes] = field(default_factory=dict)
     table: dict[int, StepTimes] = field(default_factory=dict)
+    _pays: dict[int, bool] = field(default_factory=dict)
 
     def aim_at(self, target: float | None) -> None:
         """Keep another target from now on, None for none; what is known of steps stays."""
@@ -125,7 +132,11 @@ class LoadControl:
         """Take in a decode step of `rows` at a cost over that of the best level."""
         bucket = _bucket(rows)
         self.times.setdefault(bucket, StepTimes(_FORGET)).add(cost, seconds)
-        self.table.setdefault(bucket, StepTimes(_FORGET_SLOWLY)).add(cost, seconds)
+        times = self.table.setdefault(bucket, StepTimes(_FORGET_SLOWLY))
+        times.add(cost, seconds)
+        if times.steps % _LOOK == 0:
+            saved, error = times.saving(float(self.cost[0]))
+            self._pays[bucket] = saved + _ERRORS * error > _WORTH
         if self.target is not None:
             kept = float(seconds <= self.target)
             self.met = _FORGET_MET * self.met + (1 - _FORGET_MET) * kept
@@ -144,11 +155,7 @@ class LoadControl:
 
     def pays(self, rows: int) -> bool:
         """Whether low widths may make steps of so many rows shorter; True until it is known."""
-        times = self.table.get(_bucket(rows))
-        if times is None:
-            return True
-        saved, error = times.saving(float(self.cost[0]))
-        return bool(saved + _ERRORS * error > _WORTH)
+        return self._pays.get(_bucket(rows), True)
 
     def cost_table(self) -> list[dict[str, Any]]:
         """Of each number of rows seen: rows at most, seconds of a step of late, what the cheapest

@@ -202,7 +202,7 @@ class Controller:
         self.options = options
         self._bounds_by_floor: dict[int, tuple[int, int]] = {}
         self.load.aim_at(options.target_ms and options.target_ms / 1e3)
-        self._written_floor = None
+        self._written_floor = self._cost = None
         if self._recorder is not None:
             self._recorder.clear()
         if self.pinned:
@@ -428,7 +428,9 @@ class Controller:
         Raises:
             ValueError: a bad value; nothing is changed.
         """
-        self._adopt(PolicyUpdate.read(changes).apply(self.options))
+        options = PolicyUpdate.read(changes).apply(self.options)
+        self.count()
+        self._adopt(options)
         self._levels.put(self._bounded(self._rungs[self.last.level][0], self.facts.floor))
 
     def status(self) -> dict[str, Any]:
