@@ -36,6 +36,13 @@ class Server:
         except urllib.error.HTTPError as error:
             return error.code, json.loads(error.read())
 
+    def metrics(self):
+        """Values of our metrics by name, as `/metrics` shows them without a key."""
+        with urllib.request.urlopen(self.url + "/metrics", timeout=120) as answer:
+            lines = answer.read().decode().splitlines()
+        named = [line.rpartition(" ") for line in lines if line.startswith("vllm:flexquant_")]
+        return {name.partition("{")[0]: float(value) for name, _, value in named}
+
     def chat(self, tokens=8, **extra):
         message = {"role": "user", "content": "Name three colours."}
         body = {"model": "smol", "messages": [message], "max_tokens": tokens, "temperature": 0}
@@ -100,6 +107,23 @@ def test_the_operator_sees_and_changes_the_policy(server):
     assert server.chat()[0] == 200
     assert server.ask("/v1/flexquant", {"policy": "entropy"})[1]["options"]["width"] is None
     assert server.ask("/v1/flexquant?trace=1")[1]["trace"][-1]["widths"]
+
+
+def test_metrics_follow_the_steps(server):
+    server.ask("/v1/flexquant", {"width": 6})
+    before = server.metrics()
+    assert server.chat(20, ignore_eos=True)[0] == 200
+    after = server.metrics()
+    steps, bits = (
+        after[f"vllm:flexquant_{name}_total"] - before[f"vllm:flexquant_{name}_total"]
+        for name in ("decode_steps", "decode_step_bits")
+    )
+    assert steps == 19  # the first token comes of the prompt
+    assert bits == 6 * steps
+    assert after["vllm:flexquant_mean_bits"] == 6
+    assert after["vllm:flexquant_entropy_nats"] > 0
+    assert after["vllm:flexquant_unknown_rows_total"] == 0
+    server.ask("/v1/flexquant", {"policy": "entropy"})
 
 
 def test_the_api_key_guards_it(server):
