@@ -23,7 +23,6 @@ from vllm_flexquant.policy.budget import (
     Ledger,
     price_of,
 )
-from vllm_flexquant.policy.decision import Decision
 from vllm_flexquant.runtime.budget_steps import BudgetState, steps_on
 from vllm_flexquant.runtime.figures import Figures, Probe
 from vllm_flexquant.runtime.sequences import SequenceEntropy
@@ -76,10 +75,8 @@ class BudgetControl:
             active=buffer(False, torch.bool, 1),
         )
         self._state.decisions[:, 0] = best
-        rows = self._state.decisions
-        self.first, self.later, self._last = (Decision(r[:1], r[1:]) for r in rows)
-        lines = zip(fields(Ledger), self._state.ledgers, strict=True)
-        self.ledger = Ledger(**{field.name: line for field, line in lines})
+        self.first, self.later, _ = self._state.decision_views()
+        self.ledger = self._state.ledger_view()
         self.ledger.needed[:] = self.ledger.foreseen[:] = NO_PAST
         self._steps = steps_on(self._state)
         self._facts = indices([[]] * 4, self._like)

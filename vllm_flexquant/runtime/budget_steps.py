@@ -56,6 +56,16 @@ class BudgetState:
     def probe_layer(self) -> int:
         return self.listening.layer if self.listening else 0
 
+    def decision_views(self) -> tuple[Decision, Decision, Decision]:
+        """`first`, `later` and `last`."""
+        first, later, last = (Decision(row[:1], row[1:]) for row in self.decisions)
+        return first, later, last
+
+    def ledger_view(self) -> Ledger:
+        """The same memory by name."""
+        lines = zip(fields(Ledger), self.ledgers, strict=True)
+        return Ledger(**{field.name: line for field, line in lines})
+
 
 class BudgetSteps(Protocol):
     """`facts` are int64 [4, n] of the sequences that decode: their slots, their rows of the forward
@@ -92,11 +102,8 @@ class ArraySteps:
 
     def __init__(self, state: BudgetState) -> None:
         self.state = state
-        rows = state.decisions
-        self.first, self.later, self._last = (Decision(r[:1], r[1:]) for r in rows)
-        self.ledger = Ledger(
-            **{f.name: line for f, line in zip(fields(Ledger), state.ledgers, strict=True)}
-        )
+        self.first, self.later, self._last = state.decision_views()
+        self.ledger = state.ledger_view()
 
     def adopt(self, policy: BudgetPolicy, options: FlexQuantOptions) -> None:
         self.policy = policy
