@@ -72,8 +72,9 @@ def rung_records(
 ) -> tuple[RungRecord, ...]:
     """A record for every level, from no step down to all of them.
 
-    KL that was not measured is interpolated along the sum of sensitivities, geometrically, because
-    that sum and KL differ by a factor that changes slowly.
+    KL that was not measured is interpolated linearly along the sum of sensitivities, which adds up
+    to KL but for a factor that changes slowly. Where a step lowers a large layer, neighbouring
+    levels lie far apart, and any other curve makes bargains of those between measured ones.
 
     Args:
         known: measured KL in nats and its standard error, by number of steps, both ends among them.
@@ -86,7 +87,7 @@ def rung_records(
     for number, widths in enumerate(search.rungs(dict.fromkeys(weights, sizes.widths[-1]), steps)):
         below = max(n for n in known if n <= number)
         above = min(n for n in known if n >= number)
-        low, high = (max(known[n][0], 1e-9) for n in (below, above))
+        low, high = known[below][0], known[above][0]
         span = sums[above] - sums[below]
         share = (sums[number] - sums[below]) / span if span > 0 else 0.0
         measured = number in known
@@ -96,7 +97,7 @@ def rung_records(
                 mean_bits=search.mean_bits(weights, widths),
                 bytes_read=sizes.read(widths),
                 bytes_stored=sizes.stored(widths),
-                kl_nats=known[number][0] if measured else low * (high / low) ** share,
+                kl_nats=known[number][0] if measured else low + share * (high - low),
                 error=known[number][1] if measured else None,
                 measured=measured,
             )
