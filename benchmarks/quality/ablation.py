@@ -6,8 +6,8 @@
 
 The policy as it is served (`BudgetControl`) decides about real tokens: their KL and entropy at
 eight levels of the ladder are measured first, by plain transformers in fp32, as are the scores of
-the probe. Between two measured levels, log KL and entropy are taken for linear; of a step whose
-first layers ran at another level than the rest, the first ones count for their share by
+the probe. Between two measured levels, log KL and entropy are taken for linear in mean bits; of a
+step whose first layers ran at another level than the rest, the first ones count for their share by
 calibration. *Random* shuffles the scores of the probe among the tokens. *Oracle* is told what
 nobody can know: the token's own KL over the mean, averaged over the eight levels; what a score for
 a token can bring at most. Sequences run side by side, `--rows` at a time, token by token.
@@ -56,19 +56,20 @@ SCORED_AT = 0.03
 
 @dataclass(frozen=True)
 class Text:
-    """Measured tokens. kl, entropy: fp64 [levels, sequences, length], nats, of `levels` ascending.
-    score: fp32 [sequences, length], of the probe."""
+    """Measured tokens. kl, entropy: fp64 [levels, sequences, length], nats, of `levels` ascending,
+    which have mean `bits`. score: fp32 [sequences, length], of the probe."""
 
     levels: np.ndarray
+    bits: np.ndarray
     kl: np.ndarray
     entropy: np.ndarray
     score: np.ndarray
 
-    def at(self, values: np.ndarray, level: int, tokens: Array) -> np.ndarray:
-        """`values` of `tokens`, a pair of index arrays, at any level of the ladder."""
-        above = int(np.clip(np.searchsorted(self.levels, level), 1, len(self.levels) - 1))
-        low, high = self.levels[above - 1], self.levels[above]
-        share = np.clip((level - low) / (high - low), 0.0, 1.0)
+    def at(self, values: np.ndarray, bits: float, tokens: Array) -> np.ndarray:
+        """`values` of `tokens`, a pair of index arrays, at a level of so many mean bits."""
+        above = int(np.clip(np.searchsorted(self.bits, bits), 1, len(self.bits) - 1))
+        low, high = self.bits[above - 1], self.bits[above]
+        share = np.clip((bits - low) / (high - low), 0.0, 1.0)
         found: np.ndarray = (1 - share) * values[(above - 1, *tokens)]
         found += share * values[(above, *tokens)]
         return found
@@ -107,6 +108,7 @@ def measure(comparison: Comparison, ladder: Ladder) -> Text:
     shape = tuple(comparison.tokens.shape)
     return Text(
         levels,
+        np.array(ladder.mean_bits)[levels],
         kl.double().numpy().reshape(-1, *shape),
         entropy.double().numpy().reshape(-1, *shape),
         scores(comparison, record.probe, before).numpy().reshape(shape),
@@ -138,6 +140,7 @@ class Simulation:
         probe_layer = self.listening.layer
         self.early_bits = bits[:, :probe_layer].sum(1)
         self.late_bits = bits[:, probe_layer:].sum(1)
+        self.bits = bits.sum(1)
 
     def run(self, text: Text, signal: str, asked: float, rows: int) -> dict[str, Any]:
         """Spend `asked` nats per token on a text, `rows` sequences at a time."""
@@ -167,13 +170,13 @@ class Simulation:
                     control.decide(told[tokens])
                 first, later = control.first.level.item(), control.later.level.item()
                 log_kl = np.log(np.maximum(text.kl, 1e-9))
-                early = np.exp(text.at(log_kl, first, tokens))
-                late = np.exp(text.at(log_kl, later, tokens))
+                early = np.exp(text.at(log_kl, self.bits[first], tokens))
+                late = np.exp(text.at(log_kl, self.bits[later], tokens))
                 spent.append(share[first] * early + (1 - share[later]) * late)
                 bits.append(self.early_bits[first] + self.late_bits[later])
                 switches += later != last
                 last = later
-                entropy = text.at(text.entropy, later, tokens).astype(np.float32)
+                entropy = text.at(text.entropy, self.bits[later], tokens).astype(np.float32)
                 sequences.update(entropy, places, options.entropy_decay)
                 control.book(entropy)
         kl = np.concatenate(spent)
@@ -188,11 +191,7 @@ class Simulation:
 
 def compare(simulation: Simulation, text: Text, rows: Sequence[int]) -> list[dict[str, Any]]:
     """Every signal and budget on one text."""
-    bits = simulation.early_bits + simulation.late_bits
-    static = [
-        (float(bits[level]), float(kl.mean()))
-        for level, kl in zip(text.levels, text.kl, strict=True)
-    ]
+    static = [(float(bits), float(kl.mean())) for bits, kl in zip(text.bits, text.kl, strict=True)]
     found = []
     for count in rows:
         for signal in SIGNALS:
