@@ -285,7 +285,7 @@ def options_from_environment() -> FlexQuantOptions:
 class PolicyUpdate(BaseModel):
     """What `POST /v1/flexquant` may change; a field that is absent stays as it is.
 
-    `width` or `level` without `policy` selects `manual`.
+    `width` or `level` without `policy` selects `manual`. `target_ms: null` takes the target away.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -337,6 +337,8 @@ class PolicyUpdate(BaseModel):
             ValueError: as `FlexQuantOptions.updated`.
         """
         changes: dict[str, Any] = self.model_dump(exclude_none=True)
+        if "target_ms" in self.model_fields_set:
+            changes["target_ms"] = self.target_ms
         if "width" in changes or "level" in changes:
             changes.setdefault("policy", "manual")
             changes.setdefault("width", None)

@@ -146,7 +146,7 @@ def main() -> None:
     figure, axis = pyplot.subplots(figsize=(5, 4.5), layout="constrained")
     plot_spent(axis, quality)
     figure.savefig(options.out / "policies-spent.png", dpi=110)
-    loads = times["load"]
+    loads = times["load"]["runs"]
     figure, axes = pyplot.subplots(
         2, len(loads), figsize=(5.5 * len(loads), 5), squeeze=False, layout="constrained"
     )

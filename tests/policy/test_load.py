@@ -60,6 +60,13 @@ def test_load_that_comes_and_goes():
     assert after == [100] * 5
 
 
+def test_a_target_that_many_rows_cannot_keep_costs_few_rows_nothing():
+    control = LoadControl(COST, target=0.9 * step_time(16, 0))
+    busy, _ = run(control, 16, 300)
+    assert set(busy[1:]) == {0}
+    assert set(run(control, 1, 20, jitter=0.01)[0][1:]) == {100}
+
+
 def test_a_machine_that_slows_down_is_followed():
     control = LoadControl(COST, target=step_time(4, 60))
     before, _ = run(control, 4, 200)

@@ -85,6 +85,19 @@ def test_a_target_lowers_other_policies_too(clock):
     assert step(made, clock, "a") == [8] * LAYERS  # a pin holds
 
 
+def test_a_target_can_be_taken_away(clock):
+    made = controller(policy="progressive", target_ms=8, progressive_full=100)
+    for _ in range(20):
+        widths = step(made, clock, "a")
+    assert sum(widths) < 8 * LAYERS
+    made.update({"target_ms": None})
+    assert step(made, clock, "a") == [8] * LAYERS
+    assert made.status()["load"] is None
+    made.update({"policy": "load", "target_ms": 8})
+    with pytest.raises(ValueError, match="policy load has no target"):
+        made.update({"target_ms": None})
+
+
 def test_a_floor_wins_over_the_target(clock):
     made = controller(policy="load", target_ms=5)
     made.admit(0, {"flexquant_min_bits": 6})
@@ -108,7 +121,7 @@ def test_where_low_widths_save_no_time_every_policy_goes_up_for_free(clock):
     def progress(ids, seconds):
         """Widths of the steps of sequences that go on and on."""
         found = []
-        for n in range(160):
+        for n in range(1200):
             slots = [ord(i) - ord("a") for i in ids]
             none, rows = [False] * len(ids), list(range(len(ids)))
             made.before_forward(Batch(list(ids), slots, none, none, rows, [n] * len(ids)))

@@ -38,17 +38,17 @@ MISSED = 0.05
 _LEARN = 0.03
 """How fast what is aimed at follows the share that is missed."""
 
-_LEAST_AIM = 0.6
+_FIRST_AIM, _LEAST_AIM = 0.95, 0.6
 _FORGET_MET = 0.98
 
 _WORTH = 0.02
 """Of a step, what the cheapest level must save for low widths to be worth it."""
 
-_ERRORS, _LEAST_STEPS = 2.0, 100
+_ERRORS, _LEAST_STEPS = 2.0, 64
 """Standard errors by which a saving must be known to be below that, and steps that tell."""
 
-_LOOK = 32
-"""Steps of so many rows between two looks at the table."""
+_LOOK = 16
+"""Steps booked for as many rows between two looks at the table."""
 
 
 @dataclass
@@ -112,13 +112,14 @@ class LoadControl:
     """Keeps steps within a target.
 
     cost: fp64 [levels], of each level over the best one's. target: seconds per output token, which
-    is a step's time. met: share of the steps of late that kept it.
+    is a step's time. met: share of the steps of late that kept it. aims: share of the target that
+    is aimed at, by number of rows.
     """
 
     cost: np.ndarray
     target: float | None = None
     met: float = 1.0
-    aim: float = 0.95
+    aims: dict[int, float] = field(default_factory=dict)
     times: dict[int, StepTimes] = field(default_factory=dict)
     table: dict[int, StepTimes] = field(default_factory=dict)
     _pays: dict[int, bool] = field(default_factory=dict)
@@ -126,22 +127,28 @@ class LoadControl:
     def aim_at(self, target: float | None) -> None:
         """Keep another target from now on, None for none; what is known of steps stays."""
         if target != self.target:
-            self.target, self.met, self.aim = target, 1.0, 0.95
+            self.target, self.met = target, 1.0
+            self.aims.clear()
 
     def book(self, rows: int, cost: float, seconds: float) -> None:
         """Take in a decode step of `rows` at a cost over that of the best level."""
         bucket = _bucket(rows)
-        self.times.setdefault(bucket, StepTimes(_FORGET)).add(cost, seconds)
-        times = self.table.setdefault(bucket, StepTimes(_FORGET_SLOWLY))
+        times = self.table.get(bucket)
+        if times is None:
+            times = self.table[bucket] = StepTimes(_FORGET_SLOWLY)
         times.add(cost, seconds)
         if times.steps % _LOOK == 0:
             saved, error = times.saving(float(self.cost[0]))
             self._pays[bucket] = saved + _ERRORS * error > _WORTH
-        if self.target is not None:
-            kept = float(seconds <= self.target)
-            self.met = _FORGET_MET * self.met + (1 - _FORGET_MET) * kept
-            moved = self.aim + _LEARN * (kept - (1 - MISSED))
-            self.aim = min(max(moved, _LEAST_AIM), 1.0)
+        if self.target is None:
+            return
+        if bucket not in self.times:
+            self.times[bucket] = StepTimes(_FORGET)
+        self.times[bucket].add(cost, seconds)
+        kept = float(seconds <= self.target)
+        self.met = _FORGET_MET * self.met + (1 - _FORGET_MET) * kept
+        moved = self.aims.get(bucket, _FIRST_AIM) + _LEARN * (kept - (1 - MISSED))
+        self.aims[bucket] = min(max(moved, _LEAST_AIM), 1.0)
 
     def ceiling(self, rows: int) -> int:
         """The best level whose step of `rows` is expected to keep the target; 0 if none does."""
@@ -150,7 +157,8 @@ class LoadControl:
             return top
         bucket = min(self.times, key=lambda b: (abs(b - _bucket(rows)), -b))
         a, b = self.times[bucket].line()
-        within = np.flatnonzero(a + b * self.cost <= self.aim * self.target)
+        aim = self.aims.get(bucket, _FIRST_AIM) * self.target
+        within = np.flatnonzero(a + b * self.cost <= aim)
         return int(within[-1]) if len(within) else 0
 
     def pays(self, rows: int) -> bool:

@@ -179,11 +179,9 @@ class BudgetControl:
         if self._facts.shape[1]:
             self._steps.book(entropy)
 
-    def cost(self) -> float:
-        """Of the step decided last, over that of the best level (waits for a GPU)."""
-        known = self._plain
-        first, later = self.first.level.item(), self.later.level.item()
-        return float(known.early_cost[first] + known.late_cost[later])
+    def cost(self, first: int, later: int) -> float:
+        """Of a step at these levels, over that of the best level."""
+        return float(self._plain.early_cost[first] + self._plain.late_cost[later])
 
     def status(self, names: Mapping[int, str]) -> dict[str, Any]:
         """What each class asked for and was booked, by its name."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -38,6 +38,9 @@ from vllm_flexquant.runtime.metrics import RunAt, SinceAsked, StepCounts
 from vllm_flexquant.runtime.sequences import SequenceEntropy, SlotBook
 from vllm_flexquant.runtime.status import metrics, status
 from vllm_flexquant.runtime.table import LevelTable, PrecisionTable, WeightError, allowed_widths
+
+CLOCKED = 8
+"""Of so many steps, one is timed where no target asks for all of them."""
 
 
 class Batch(NamedTuple):
@@ -119,7 +122,6 @@ class Controller:
         self._facts_from: object = None
         self._admitted = 0
         self._began, self._seconds = time.perf_counter(), 0.0
-        self._cost: Callable[[], float] | None = None
         self._run_at: tuple[int, int] | None = None
         """Bounds of the step before, if it was one of decoding alone."""
         self.counts, self.since_asked = StepCounts(), SinceAsked()
@@ -135,7 +137,7 @@ class Controller:
             slots: sequences that run at a time at most.
             tokens: rows of a forward pass at most.
         """
-        self.device = device
+        self.device, self._on_host = device, device.type == "cpu"
         self.table = PrecisionTable(device)
         self.sequences = SequenceEntropy(slots, device)
         self._tokens = tokens
@@ -202,7 +204,7 @@ class Controller:
         self.options = options
         self._bounds_by_floor: dict[int, tuple[int, int]] = {}
         self.load.aim_at(options.target_ms and options.target_ms / 1e3)
-        self._written_floor = self._cost = None
+        self._written_floor = None
         if self._recorder is not None:
             self._recorder.clear()
         if self.pinned:
@@ -238,14 +240,15 @@ class Controller:
 
     def before_forward(self, batch: Batch) -> None:
         """Decide the widths of this step and write the table."""
-        self.count()
+        ran = self.count()
         self.batch = batch
         source = batch.slots, batch.rows, batch.prompt, batch.discarded, self._admitted
-        self._clock(steady=source == self._facts_from)
-        if source != self._facts_from:
+        steady = source == self._facts_from
+        self._clock(ran if steady else None)
+        if not steady:
             self.facts, self._facts_from = self._facts_of(batch), source
         if self.pinned:
-            self._cost, bounds = None, self._bounds(self.facts.floor)
+            bounds = self._bounds(self.facts.floor)
             self._write_pinned()
         else:
             bounds = self._decide_step(batch)
@@ -266,11 +269,17 @@ class Controller:
             indices([self.sequences.discard if d else s for s, d in pairs], self._rungs),
         )
 
-    def count(self) -> None:
-        """Count the step before; on a GPU its level would have to be waited for."""
-        if self._run_at is not None and self.device.type == "cpu":
-            self.counts.add(RunAt(*self._run_at, *self._levels_run()))
-        self._run_at = None
+    def count(self) -> RunAt | None:
+        """Count the step before and return what it ran at, if it was one of decoding alone.
+
+        On a GPU its level would have to be waited for; only under a target it is.
+        """
+        bounds, self._run_at = self._run_at, None
+        if bounds is None or not (self._on_host or self.load.target is not None):
+            return None
+        ran = RunAt(*bounds, *self._levels_run())
+        self.counts.add(ran)
+        return ran
 
     def _levels_run(self) -> tuple[int, int]:
         if self.policy is None and self.budget is not None:
@@ -288,7 +297,6 @@ class Controller:
         if self.options.prefill == "full" and decoding < len(batch.slots):
             low = high
         ceiling, sequences = self._ceiling(), self.facts.sequences
-        self._cost = self._cost_within((low, high))
         if self._recorder is not None:
             self._record_step(batch, (low, high), ceiling)
         if self.policy is None:
@@ -340,27 +348,31 @@ class Controller:
             return len(self.ladder) - 1
         return self.load.ceiling(len(self.facts.decoding))
 
-    def _clock(self, steady: bool) -> None:
-        """Book the time from the step before to this one, if both were of the same sequences."""
+    def _clock(self, ran: RunAt | None) -> None:
+        """Book the time from the step before to this one.
+
+        Args:
+            ran: what that step ran at, if both were of the same sequences.
+        """
+        every = self.load.target is not None or self._recorder is not None
+        turn = self.steps % CLOCKED
+        if not every and turn > 1:
+            return
         now = time.perf_counter()
         self._seconds, self._began = now - self._began, now
-        rows, cost = len(self.facts.decoding), self._cost
-        if steady and cost is not None and rows == len(self.facts.logit_slots):
-            self.load.book(rows, cost(), self._seconds)
+        if ran is not None and (every or turn == 1) and (cost := self._cost_of(ran)) is not None:
+            self.load.book(len(self.facts.decoding), cost, self._seconds)
 
-    def _cost_within(self, bounds: tuple[int, int]) -> Callable[[], float] | None:
-        """What tells, once it is decided, the cost of this step over one at the best level; None
-        where bounds leave neither the level's widths nor the best ones, or a GPU would be waited
-        for to no end."""
-        if self.device.type != "cpu" and self.load.target is None:
-            return None
-        if bounds[0] == self._widths[-1]:
-            return lambda: 1.0
-        if bounds != (self._widths[0], self._widths[-1]):
+    def _cost_of(self, ran: RunAt) -> float | None:
+        """Cost of a step over one at the best level; None where bounds left other widths than those
+        of a level."""
+        if ran.low == self._widths[-1]:
+            return 1.0
+        if (ran.low, ran.high) != (self._widths[0], self._widths[-1]):
             return None
         if self.policy is None and self.budget is not None:
-            return self.budget.cost
-        return lambda: float(self.load.cost[self.last.level.item()])
+            return self.budget.cost(ran.first, ran.later)
+        return float(self.load.cost[ran.later])
 
     def _write_pinned(self) -> None:
         """The level was decided when the policy was adopted; only a floor can change the table."""

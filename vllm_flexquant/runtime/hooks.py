@@ -47,12 +47,12 @@ def _install_v1(runner: Any, controller: Controller) -> None:
                 admit(controller, book[request_id], runner.requests[request_id].sampling_params)
             controller.sequences.forget([book[r] for r in new])
         computed, prompt = rows.num_computed_tokens_cpu[:count], rows.num_prompt_tokens[:count]
-        starts, ends = runner.query_start_loc.np[:count], runner.query_start_loc.np[1 : count + 1]
+        ends = runner.query_start_loc.np[1 : count + 1]
         discarded = runner.discard_request_mask.np[:count]
         filling = (computed < prompt) | discarded
-        if not drafts:
+        if count and ends[-1] != count and not drafts:
             # a preempted sequence that is back computes its own answer again, as a prompt
-            filling |= ends - starts > 1
+            filling |= ends - runner.query_start_loc.np[:count] > 1
         controller.before_forward(
             Batch(
                 request_ids=ids,
