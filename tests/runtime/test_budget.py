@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Policy `budget` in a controller, with layers that are only described."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -238,6 +240,26 @@ def test_an_uncalibrated_checkpoint_refuses_a_budget():
     )
     with pytest.raises(ValueError, match=r"needs a calibrated checkpoint.*flexquant quantize"):
         made.start()
+
+
+def test_a_probe_that_does_not_fit_the_model_is_refused():
+    from vllm_flexquant.runtime.linear import FlexLinearMethod
+    from vllm_flexquant.runtime.worker import FlexWorkerMixin
+
+    made = controller()
+    layer = torch.nn.Module()
+    method = type("Method", (FlexLinearMethod,), {"create_weights": None})
+    layer.quant_method = method.__new__(method)
+    layer.quant_method.index, layer.quant_method.prefix = PROBE_LAYER, NAMES[PROBE_LAYER]
+    worker = FlexWorkerMixin()
+    worker.vllm_config = SimpleNamespace(quant_config=SimpleNamespace(controller=made))
+    worker.model_runner = SimpleNamespace(model=torch.nn.ModuleList([layer]))
+    layer.flexquant_columns = HIDDEN
+    worker._install_probe()
+    assert layer.quant_method.probes
+    layer.flexquant_columns = HIDDEN + 1
+    with pytest.raises(ValueError, match=r"flexquant.json reads 4 numbers, but .* given 5"):
+        worker._install_probe()
 
 
 def test_a_trace_tells_levels_and_scores():
