@@ -8,12 +8,14 @@ from models import PROMPTS, SHAPE, pin, small_checkpoint, tokens
 
 from benchmarks.quality.sequences import TEXT
 from vllm_flexquant.config import FlexQuantOptions
+from vllm_flexquant.policy.trace import Trace
 from vllm_flexquant.quantize.calibrate import CalibrationOptions, calibrate_checkpoint
 from vllm_flexquant.quantize.prune import prune_checkpoint
+from vllm_flexquant.runtime.replay import replay
 
 
 def exact_beside_others_is_as_if_pinned(llm, record):
-    """Also: the probe decides within the step, and both ranks decide the same."""
+    """Also: both ranks decide the same, by the scores of each step, as a replay does."""
     from vllm import SamplingParams
     from vllm.exceptions import VLLMValidationError
 
@@ -36,7 +38,9 @@ def exact_beside_others_is_as_if_pinned(llm, record):
     assert [set(step["widths"]) for step in together] == [{8}] * 15
     assert all(min(step["widths"]) < 8 for step in alone)
     assert len({tuple(step["scores"]) for step in alone}) > 10
-    assert any(step["first_level"] != step["level"] for step in alone)
+    recorded = Trace.load(llm.collective_rpc("flexquant_steps_trace")[0])
+    assert any(step.probed for step in recorded.steps)
+    assert replay(recorded).same == len(recorded.steps) >= len(traces[0])
     for status in llm.collective_rpc("flexquant_status"):
         accounts = status["budget"]["classes"]
         own = accounts[f"budget {budget:g}"]
