@@ -31,11 +31,11 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks.provenance import provenance, write_json
-from benchmarks.quality.budget import ASKED, LEVEL_KL, kl_at
+from benchmarks.provenance import write_json
+from benchmarks.quality.budget import ASKED, LEVEL_KL, kl_at, nearest_level
 from benchmarks.quality.calibrated import RESULTS, Comparison, StoredCheckpoint
 from benchmarks.quality.probe import bits_at, scores
-from benchmarks.quality.texts import add_text_option, text_facts, text_files
+from benchmarks.quality.texts import add_options, facts_of, text_files
 from vllm_flexquant.config import FlexQuantOptions
 from vllm_flexquant.format.checkpoint import OUTPUT_LAYER
 from vllm_flexquant.policy.arrays import Array
@@ -98,13 +98,12 @@ def measure(comparison: Comparison, ladder: Ladder) -> Text:
     record = comparison.checkpoint.record
     assert ladder.kl_nats is not None
     assert record.probe is not None
-    known = np.array(ladder.kl_nats)
-    levels = np.unique([np.abs(np.log(known / kl)).argmin() for kl in LEVEL_KL])
+    levels = np.unique([nearest_level(ladder.kl_nats, kl) for kl in LEVEL_KL])
     top = len(ladder) - 1
     choices = [record.widths_after(int(top - level)) for level in levels]
     nested = comparison.nested(comparison.checkpoint.layer)
     kl, entropy = evaluate.divergence(nested, comparison.tokens, choices, with_entropy=True)
-    before = record.widths_after(int(top - np.abs(np.log(known / SCORED_AT)).argmin()))
+    before = record.widths_after(top - nearest_level(ladder.kl_nats, SCORED_AT))
     shape = tuple(comparison.tokens.shape)
     return Text(
         levels,
@@ -148,10 +147,9 @@ class Simulation:
         options = FlexQuantOptions(policy="budget", budget=asked, signal=served)
         sequences = SequenceEntropy(rows, torch.device("cpu"))
         sequences.use_kernels()
-        nothing = np.zeros((len(self.ladder), 0), dtype=np.int32)
         control = BudgetControl(
             torch.device("cpu"), self.figures, self.listening, sequences,
-            LevelTable(nothing, nothing[0]), rows,
+            LevelTable.without_layers(len(self.ladder)), rows,
         )  # fmt: skip
         control.adopt(options)
         control.ask({0: asked}, [0])
@@ -274,9 +272,7 @@ def show(results: Sequence[Mapping[str, Any]], console: Console) -> None:
 def main() -> None:
     """Measure, print, write and plot."""
     parser = argparse.ArgumentParser(description="What each signal of policy budget is worth.")
-    parser.add_argument("--model", type=Path, required=True, help="unquantized checkpoint folder")
-    parser.add_argument("--checkpoint", type=Path, required=True, help="calibrated checkpoint")
-    add_text_option(parser)
+    add_options(parser)
     parser.add_argument("--sequences", type=int, default=16, help=f"of {LENGTH} tokens each")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--out", type=Path, default=RESULTS / "ablation.json")
@@ -284,8 +280,7 @@ def main() -> None:
     if uneven := [rows for rows in options.rows if options.sequences % rows]:
         raise SystemExit(f"--rows {uneven[0]} does not divide --sequences {options.sequences}")
     files = text_files(options.text)
-    facts = provenance(options.model)
-    facts["texts"] = text_facts(files)
+    facts = facts_of(options.model, files)
     tokenizer, console = load_tokenizer(options.model), Console()
     checkpoint, model = StoredCheckpoint(options.checkpoint), BlockModel(options.model)
     found, static = {}, {}

@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import trace
-from benchmarks.provenance import provenance, write_json
+from benchmarks.provenance import write_json
 from benchmarks.quality.calibrated import RESULTS
 from benchmarks.quality.engine import TRACE_STEPS, compute_references, decode, start_engine
 from benchmarks.quality.probe import bits_at
@@ -44,7 +44,7 @@ from benchmarks.quality.sequences import (
     scored,
     summarise,
 )
-from benchmarks.quality.texts import add_text_option, text_facts, text_files
+from benchmarks.quality.texts import add_options, facts_of, text_files
 from vllm_flexquant.quantize.calibration import cut_tokens, load_tokenizer, read_text
 
 PROMPT, FORCED = 16, 112
@@ -248,9 +248,7 @@ def show(results: dict[str, Any], console: Console) -> None:
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description="Asked and spent, in the engine.")
-    parser.add_argument("--model", type=Path, required=True, help="unquantized checkpoint folder")
-    parser.add_argument("--checkpoint", type=Path, required=True, help="calibrated checkpoint")
-    add_text_option(parser)
+    add_options(parser)
     parser.add_argument("--sequences", type=int, default=16, help=f"of {FORCED} tokens each")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--signals", nargs="+", choices=SIGNALS, default=SIGNALS)
@@ -258,8 +256,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "budget.json")
     options = parser.parse_args()
     files = text_files(options.text)
-    facts = provenance(options.model)
-    facts["texts"] = text_facts(files)
+    facts = facts_of(options.model, files)
     tokenizer, console = load_tokenizer(options.model), Console()
     long = {n: sequences_of(f, tokenizer, 2 * options.sequences, n) for n, f in files.items()}
     texts = {name: sequences[::2] for name, sequences in long.items()}

@@ -27,9 +27,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks.provenance import provenance, write_json
+from benchmarks.provenance import write_json
 from benchmarks.quality.calibrated import LENGTH, RESULTS, Comparison, StoredCheckpoint
-from benchmarks.quality.texts import add_text_option, text_facts, text_files
+from benchmarks.quality.texts import add_options, facts_of, text_files
 from vllm_flexquant.format.record import ProbeRecord
 from vllm_flexquant.quantize import probe
 from vllm_flexquant.quantize.blocks import BlockModel
@@ -107,15 +107,12 @@ def bits_of_mix(kl: float, static: Sequence[tuple[float, float]]) -> float:
 def main() -> None:
     """Measure each text, print and write."""
     parser = argparse.ArgumentParser(description="What the probe is worth.")
-    parser.add_argument("--model", type=Path, required=True, help="unquantized checkpoint folder")
-    parser.add_argument("--checkpoint", type=Path, required=True, help="calibrated checkpoint")
-    add_text_option(parser)
+    add_options(parser)
     parser.add_argument("--sequences", type=int, default=8, help="of 512 tokens, of each text")
     parser.add_argument("--out", type=Path, default=RESULTS / "probe.json")
     options = parser.parse_args()
     files = text_files(options.text)
-    facts = provenance(options.model)
-    facts["texts"] = text_facts(files)
+    facts = facts_of(options.model, files)
     tokenizer = load_tokenizer(options.model)
     tokens = {
         name: cut_tokens(read_text(str(file)), tokenizer, options.sequences, LENGTH).fit

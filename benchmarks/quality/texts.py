@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`--text NAME=FILE`, for benchmarks that compare kinds of text."""
+"""Options of benchmarks that compare a calibrated checkpoint on kinds of text."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.provenance import hash_file
+from benchmarks.provenance import hash_file, provenance
 
 
-def add_text_option(parser: ArgumentParser) -> None:
-    """Declare `--text`, which may be given several times."""
+def add_options(parser: ArgumentParser) -> None:
+    """Declare `--model`, `--checkpoint`, and `--text`, which may be given several times."""
+    parser.add_argument("--model", type=Path, required=True, help="unquantized checkpoint folder")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="calibrated checkpoint")
     parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE")
 
 
@@ -27,6 +29,7 @@ def text_files(given: Sequence[str]) -> dict[str, Path]:
     return {name: Path(file) for name, _, file in (text.partition("=") for text in given)}
 
 
-def text_facts(files: Mapping[str, Path]) -> dict[str, Any]:
-    """Name and hash of each, for the provenance."""
-    return {n: {"name": f.name, "sha256": hash_file(f)} for n, f in files.items()}
+def facts_of(model: Path, files: Mapping[str, Path]) -> dict[str, Any]:
+    """Provenance, with name and hash of each text."""
+    texts = {n: {"name": f.name, "sha256": hash_file(f)} for n, f in files.items()}
+    return provenance(model) | {"texts": texts}

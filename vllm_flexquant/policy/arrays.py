@@ -68,11 +68,6 @@ def ascending(values: Array) -> Array:
     return values.sort().values if isinstance(values, torch.Tensor) else np.sort(values)
 
 
-def least(values: Array) -> Array:
-    """The smallest along the last axis."""
-    return values.amin(-1) if isinstance(values, torch.Tensor) else values.min(-1)
-
-
 def largest(values: Array) -> Array:
     """The largest along the last axis."""
     return values.amax(-1) if isinstance(values, torch.Tensor) else values.max(-1)

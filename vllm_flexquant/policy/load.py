@@ -79,13 +79,17 @@ class StepTimes:
         self.product = forget * self.product + cost * seconds
         self.seconds_square = forget * self.seconds_square + seconds * seconds
 
+    def _moments(self) -> tuple[float, float, float, float]:
+        """Mean cost and mean seconds, sum of squares of cost and of products about them."""
+        mean_cost, mean = self.cost / self.weight, self.seconds / self.weight
+        spread = self.square - self.weight * mean_cost**2
+        return mean_cost, mean, spread, self.product - self.weight * mean_cost * mean
+
     def line(self) -> tuple[float, float]:
         """a and b, in seconds."""
-        mean_cost, mean = self.cost / self.weight, self.seconds / self.weight
+        mean_cost, mean, spread, covered = self._moments()
         # the prior: b is a share of the time that a step at the best level would take
         prior = mean * _SHARE / (1 - _SHARE + _SHARE * mean_cost)
-        spread = self.square - self.weight * mean_cost**2
-        covered = self.product - self.weight * mean_cost * mean
         strength = _PRIOR_STEPS * 0.01  # as if so many steps had been 0.1 apart in cost
         slope = max((covered + strength * prior) / (spread + strength), 0.0)
         return mean - slope * mean_cost, slope
@@ -95,11 +99,9 @@ class StepTimes:
 
         Without the prior: where levels have not varied, the error is infinite.
         """
-        mean_cost, mean = self.cost / self.weight, self.seconds / self.weight
-        spread = self.square - self.weight * mean_cost**2
+        mean_cost, mean, spread, covered = self._moments()
         if self.weight < _LEAST_STEPS or spread < 1e-9:
             return 0.0, math.inf
-        covered = self.product - self.weight * mean_cost * mean
         slope = covered / spread
         rest = self.seconds_square - self.weight * mean**2 - slope * covered
         error = math.sqrt(max(rest, 0.0) / (self.weight - 2) / spread)

@@ -202,7 +202,6 @@ class NativeSteps:
             price=tensor(state.price),
             bounds=tensor(state.bounds),
             ceiling=tensor(state.ceiling),
-            active=tensor(state.active),
             layers=table.written.shape[0],
             rungs=tensor(table.rungs),
             allowed=None if table.allowed is None else tensor(table.allowed),

@@ -22,7 +22,7 @@ from vllm_flexquant.policy.decision import Decision, StepSignals, decide_below
 from vllm_flexquant.policy.promise import ClassBook
 from vllm_flexquant.policy.trace import Step, Trace
 from vllm_flexquant.runtime.budget import BudgetControl
-from vllm_flexquant.runtime.figures import Figures, Probe
+from vllm_flexquant.runtime.figures import Probe
 from vllm_flexquant.runtime.sequences import SequenceEntropy
 from vllm_flexquant.runtime.table import LevelTable
 
@@ -102,7 +102,8 @@ def _replay_budget(trace: Trace, options: FlexQuantOptions) -> Replayed:
     layer, figures, cpu = trace.header["probe_layer"], trace.header["figures"], torch.device("cpu")
     listening = None if layer is None else Probe("", layer, torch.zeros(0), 0.0)
     sequences = SequenceEntropy(max(rows, 1), cpu)
-    control = BudgetControl(cpu, figures, listening, sequences, _no_layers(figures), max(rows, 1))
+    table = LevelTable.without_layers(len(figures["kl"]))
+    control = BudgetControl(cpu, figures, listening, sequences, table, max(rows, 1))
     control.adopt(options)
     book = ClassBook(options.classes, options.default_class, options.budget, CLASSES)
     state = trace.header["state"] or {}
@@ -145,9 +146,3 @@ def _decide(control: BudgetControl, sequences: SequenceEntropy, step: Step, sign
 def _same(trace: Trace, first: np.ndarray, level: np.ndarray) -> int:
     wanted = [(step.first, step.level) for step in trace.steps]
     return sum(w == got for w, got in zip(wanted, zip(first, level, strict=True), strict=True))
-
-
-def _no_layers(figures: Figures) -> LevelTable:
-    """A replay writes no table."""
-    nothing = np.zeros((len(figures["kl"]), 0), dtype=np.int32)
-    return LevelTable(nothing, nothing[0])

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from vllm_flexquant.format.layout import PARENT_BITS, PlaneLayout, bytes_read, width_at_least
@@ -87,6 +88,12 @@ class LevelTable:
     rungs: Array
     written: Array
     allowed: Array | None = None
+
+    @classmethod
+    def without_layers(cls, levels: int) -> LevelTable:
+        """For decisions that nothing runs by."""
+        nothing = np.zeros((levels, 0), dtype=np.int32)
+        return cls(nothing, nothing[0])
 
     def write(self, level: Array, first: int, bounds: Array, writes: Array | None = None) -> None:
         """Give layers from `first` on the widths of `level`, int32 [1], within `bounds`, [2].

@@ -157,7 +157,7 @@ using flexquant::Sequences;
 
 FQ_EXPORT int64_t flexquant_budget_state_bytes() { return sizeof(BudgetState); }
 
-// `bounds`, `ceiling` and `active` are set; `before` are the rows of the step before.
+// `bounds` and `ceiling` are set; `before` are the rows of the step before.
 FQ_EXPORT void flexquant_budget_begin(BudgetState* s, const Sequences* q, const Sequences* before) {
   for (int64_t i = 0; i < before->count; ++i) s->row_class[before->rows()[i]] = flexquant::kOther;
   for (int64_t i = 0; i < q->count; ++i) {

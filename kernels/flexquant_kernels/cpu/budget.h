@@ -52,7 +52,6 @@ struct BudgetState {
   double* price;        // [1]
   int64_t* bounds;      // [2]
   int32_t* ceiling;     // [1]
-  bool* active;         // [1]
   // the precision table
   int64_t layers;
   const int32_t* rungs;    // [levels, layers]

@@ -48,7 +48,6 @@ _FIELDS: dict[str, torch.dtype | str] = {
     "price": torch.float64,
     "bounds": torch.int64,
     "ceiling": torch.int32,
-    "active": torch.bool,
     "layers": "count",
     "rungs": torch.int32,
     "allowed": torch.int32,
