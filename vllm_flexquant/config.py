@@ -54,8 +54,12 @@ XARGS = {
 
 LOWEST_BITS = 2
 
+MOST_DRAFTS = 16
+"""Longer drafts than this are never worth it."""
+
 Policy = Literal["auto", "budget", "entropy", "progressive", "load", "static", "manual"]
 Signal = Literal["probe", "entropy", "both", "none"]
+Gate = Literal["gain", "entropy", "fixed"]
 PINNED = ("static", "manual")
 """Policies whose level does not depend on the step."""
 
@@ -158,6 +162,32 @@ class FlexQuantOptions(BaseModel):
     progressive_bits: float = Field(
         LOWEST_BITS, description="mean bits at which policy progressive ends"
     )
+    speculate: int = Field(
+        0,
+        ge=0,
+        le=MOST_DRAFTS,
+        description="tokens that the model drafts at most, at a cheap level of its own, before a "
+        "step verifies them; 0: no self-speculation",
+    )
+    draft_level: int | None = Field(
+        None,
+        ge=0,
+        description="level of the ladder at which drafts run (default: by calibration, else about "
+        "4 bits)",
+    )
+    draft_width: Bits | None = Field(
+        None, description="bits of every layer in drafts, instead of a level"
+    )
+    draft_gate: Gate = Field(
+        "gain",
+        description="what ends a draft: gain, what it is expected to gain by its entropies and the "
+        "times measured; entropy, one above draft_entropy; fixed, only its length",
+    )
+    draft_entropy: float = Field(
+        1.5,
+        ge=0,
+        description="nats of a draft above which drafting stops, under draft_gate=entropy",
+    )
     width: Bits | None = Field(
         None, description="bits of every layer under static and manual (default: all bits)"
     )
@@ -215,6 +245,16 @@ class FlexQuantOptions(BaseModel):
         if self.width is not None and self.width not in self.layout.widths:
             raise ValueError(
                 f"width {self.width} is not in layout {self.layout}; "
+                f"it has {', '.join(map(str, self.layout.widths))}"
+            )
+        if self.draft_level is not None and self.draft_width is not None:
+            raise ValueError(
+                f"draft_level {self.draft_level} and draft_width {self.draft_width} are both set; "
+                "set one of them"
+            )
+        if self.draft_width is not None and self.draft_width not in self.layout.widths:
+            raise ValueError(
+                f"draft_width {self.draft_width} is not in layout {self.layout}; "
                 f"it has {', '.join(map(str, self.layout.widths))}"
             )
         if self.policy not in PINNED and (self.width is not None or self.level is not None):
@@ -312,6 +352,11 @@ class PolicyUpdate(BaseModel):
     progressive_tokens: int | None = Field(None, ge=1)
     progressive_full: int | None = Field(None, ge=0)
     progressive_bits: float | None = None
+    speculate: int | None = Field(None, ge=0, le=MOST_DRAFTS)
+    draft_level: int | None = Field(None, ge=0)
+    draft_width: Bits | None = None
+    draft_gate: Gate | None = None
+    draft_entropy: float | None = Field(None, ge=0)
 
     @classmethod
     def read(cls, changes: Mapping[str, Any]) -> PolicyUpdate:
@@ -345,4 +390,7 @@ class PolicyUpdate(BaseModel):
             changes.setdefault("level", None)
         elif changes.get("policy", "manual") not in PINNED:
             changes |= {"width": None, "level": None}
+        if "draft_level" in changes or "draft_width" in changes:
+            changes.setdefault("draft_level", None)
+            changes.setdefault("draft_width", None)
         return options.updated(changes, "request")

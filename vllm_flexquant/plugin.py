@@ -9,6 +9,11 @@ The only place that patches vLLM. The ledger of patches:
     out-of-tree plugins for bitsandbytes and GGUF (vllm-project/vllm-bnb-plugin, vllm-gguf-plugin)
     wrap the same class. Can go when `QuantizationConfig` gets a hook that may change the engine
     config.
+
+`EngineArgs.create_speculative_config`
+    Why: the option `speculate` stands for a `--speculative-config` whose draft model is the served
+    one, and vLLM derives the scheduler's look-ahead from it early. How: wrapped; fills that in when
+    the method is flexquant and the option is set. Can go with the patch above.
 """
 
 from __future__ import annotations
@@ -18,10 +23,12 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 from vllm_flexquant import __version__
-from vllm_flexquant.config import FORMAT_OPTIONS, METHOD
+from vllm_flexquant.config import FORMAT_OPTIONS, METHOD, options_from_environment
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, SpeculativeConfig, VllmConfig
+
+ADDITIONAL = f"--additional-config {METHOD}"
 
 
 def register() -> None:
@@ -54,6 +61,39 @@ def _patch_engine_args() -> None:
 
     create_flexquant_engine_config._flexquant = True  # type: ignore[attr-defined]
     EngineArgs.create_engine_config = create_flexquant_engine_config
+    create_speculative_config = EngineArgs.create_speculative_config
+
+    @wraps(create_speculative_config)
+    def create_self_speculative_config(
+        self: EngineArgs, target_model_config: ModelConfig, *args: Any, **kwargs: Any
+    ) -> SpeculativeConfig | None:
+        if target_model_config is not None and target_model_config.quantization == METHOD:
+            from vllm_flexquant.runtime import draft_setup
+
+            options = options_from_environment().updated(
+                given_options(self.additional_config), ADDITIONAL
+            )
+            self.speculative_config = draft_setup.speculative_config(
+                options, target_model_config, self.speculative_config
+            )
+        return create_speculative_config(self, target_model_config, *args, **kwargs)
+
+    EngineArgs.create_speculative_config = create_self_speculative_config
+
+
+def given_options(additional: object) -> dict[str, Any]:
+    """The options in `--additional-config`.
+
+    Raises:
+        ValueError: they are no object.
+    """
+    given = additional.get(METHOD, {}) if isinstance(additional, dict) else {}
+    if not isinstance(given, dict):
+        raise ValueError(
+            f"--additional-config: '{METHOD}' is {given!r}; give an object of options, "
+            f'as in {{"{METHOD}": {{"policy": "static"}}}}'
+        )
+    return given
 
 
 def prepare_engine_config(config: VllmConfig) -> None:
@@ -66,19 +106,18 @@ def prepare_engine_config(config: VllmConfig) -> None:
 
     from flexquant_kernels import ops
     from vllm_flexquant.policy import promise
-    from vllm_flexquant.runtime import logits_processor
+    from vllm_flexquant.runtime import draft_setup, logits_processor
     from vllm_flexquant.runtime.worker import WORKERS, FlexWorkerMixin
 
     logger = init_logger(f"vllm.{__name__}")
     quant_config = config.quant_config
     additional = config.additional_config if isinstance(config.additional_config, dict) else {}
-    given = additional.get(METHOD, {})
-    if not isinstance(given, dict):
-        raise ValueError(
-            f"--additional-config: '{METHOD}' is {given!r}; give an object of options, "
-            f'as in {{"{METHOD}": {{"policy": "static"}}}}'
-        )
-    quant_config.apply_options(given, f"--additional-config {METHOD}")
+    quant_config.apply_options(given_options(additional), ADDITIONAL)
+    speculates = draft_setup.drafts_itself(config)
+    if speculates:
+        draft_setup.check_engine(config)
+        length = config.speculative_config.num_speculative_tokens
+        quant_config.apply_options({"speculate": length}, "--speculative-config")
     promise.announce(quant_config.options.classes)
     # vLLM's compile cache knows nothing of plugins; this puts what shapes the graph into its key
     options = quant_config.options
@@ -105,6 +144,8 @@ def prepare_engine_config(config: VllmConfig) -> None:
             "flexquant: a pooling model has no next token, so no entropies are seen and policy "
             "entropy stays at the best level"
         )
+    elif speculates:
+        logger.info("flexquant: the model drafts for itself, at a cheap level of its planes")
     elif config.speculative_config is not None and not config.use_v2_model_runner:
         logger.warning(
             "flexquant: vLLM's V1 model runner allows no logits processor beside speculative "

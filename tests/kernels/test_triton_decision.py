@@ -9,7 +9,8 @@ import torch
 
 from vllm_flexquant.config import FlexQuantOptions
 from vllm_flexquant.format import PlaneLayout
-from vllm_flexquant.runtime.controller import Batch, Controller
+from vllm_flexquant.runtime.batch import Batch
+from vllm_flexquant.runtime.controller import Controller
 from vllm_flexquant.runtime.table import LayerRecord, WeightError, allowed_widths
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # numpy's, of infinity

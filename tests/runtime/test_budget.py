@@ -18,7 +18,8 @@ from vllm_flexquant.format.record import (
     UnitRecord,
 )
 from vllm_flexquant.runtime import probe
-from vllm_flexquant.runtime.controller import Batch, Controller
+from vllm_flexquant.runtime.batch import Batch
+from vllm_flexquant.runtime.controller import Controller
 from vllm_flexquant.runtime.table import LayerRecord, WeightError
 
 pytestmark = pytest.mark.usefixtures("machinery")

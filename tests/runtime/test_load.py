@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from vllm_flexquant.config import FlexQuantOptions
-from vllm_flexquant.runtime.controller import Batch, Controller
+from vllm_flexquant.runtime.batch import Batch
+from vllm_flexquant.runtime.controller import Controller
 from vllm_flexquant.runtime.table import LayerRecord, WeightError
 
 LAYERS = 6

@@ -111,6 +111,23 @@ class NeedRecord(_Part):
     decay: float = 0.5
 
 
+class DraftLevelRecord(_Part):
+    """(placeholder until merged)"""
+
+    steps: int
+    kl_nats: float
+    mean_greedy: float
+    mean_sampled: float
+    share: tuple[float, ...]
+    greedy: tuple[float, ...]
+    sampled: tuple[float, ...]
+
+
+class DraftsRecord(_Part):
+    bin_nats: float = Field(gt=0)
+    levels: tuple[DraftLevelRecord, ...] = Field(min_length=1)
+
+
 class CalibrationRecord(_Part):
     """All that calibration found, and on which text (`text`, with its sha256).
 
@@ -125,6 +142,7 @@ class CalibrationRecord(_Part):
     probe: ProbeRecord | None = None
     need: NeedRecord | None = None
     int8_activations: tuple[float, float] | None = None
+    drafts: DraftsRecord | None = None
 
     @model_validator(mode="after")
     def _units_exist(self) -> CalibrationRecord:

@@ -39,6 +39,11 @@ def host(values: Array) -> np.ndarray:
     return values.cpu().numpy() if isinstance(values, torch.Tensor) else values.copy()
 
 
+def copied(values: Array) -> Array:
+    """A copy of the same kind."""
+    return values.clone() if isinstance(values, torch.Tensor) else values.copy()
+
+
 def integers(values: Array) -> Array:
     """As int32."""
     return values.to(torch.int32) if isinstance(values, torch.Tensor) else values.astype(np.int32)

@@ -19,7 +19,8 @@ def resolve_policy(options: FlexQuantOptions, calibrated: bool) -> FlexQuantOpti
         ValueError: policy budget is asked for, but no KL is known.
     """
     if options.policy == "auto":
-        chosen = "budget" if calibrated else "entropy"
+        # speculation is what costs no quality
+        chosen = "static" if options.speculate else "budget" if calibrated else "entropy"
         return options.model_copy(update={"policy": chosen})
     if options.policy == "budget" and not calibrated:
         raise ValueError(

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,13 +20,14 @@ import torch
 from vllm_flexquant.config import PINNED, FlexQuantOptions, PolicyUpdate
 from vllm_flexquant.format.layout import PARENT_BITS, width_at_least, width_at_most
 from vllm_flexquant.format.record import CalibrationRecord
-from vllm_flexquant.policy.arrays import Array, host, indices, integers, namespace, view
+from vllm_flexquant.policy.arrays import Array, copied, host, indices, integers, namespace, view
 from vllm_flexquant.policy.budget import CLASSES
 from vllm_flexquant.policy.choose import make_policy, resolve_policy
 from vllm_flexquant.policy.decision import Decision, LevelPolicy, StepSignals, decide_below
 from vllm_flexquant.policy.load import LoadControl
 from vllm_flexquant.policy.promise import ClassBook, Promise
 from vllm_flexquant.policy.trace import Recorder, Step
+from vllm_flexquant.runtime.batch import Batch, BatchFacts, Held, StepRecord
 from vllm_flexquant.runtime.budget import BudgetControl
 from vllm_flexquant.runtime.figures import listen, read_figures
 from vllm_flexquant.runtime.ladder import (
@@ -36,69 +37,12 @@ from vllm_flexquant.runtime.ladder import (
 )
 from vllm_flexquant.runtime.metrics import RunAt, SinceAsked, StepCounts
 from vllm_flexquant.runtime.sequences import SequenceEntropy, SlotBook
+from vllm_flexquant.runtime.speculation import SelfSpeculation
 from vllm_flexquant.runtime.status import metrics, status
 from vllm_flexquant.runtime.table import LevelTable, PrecisionTable, WeightError, allowed_widths
 
 CLOCKED = 8
 """Of so many steps, one is timed where no target asks for all of them."""
-
-
-class Batch(NamedTuple):
-    """Host facts of one step, in the order of the batch.
-
-    slots: slot of each request. prompt: the step computes prompt tokens of it, or tokens of its
-    answer that were computed before it was preempted. discarded: the token sampled for it is thrown
-    away (a chunk that is not the last). rows: its last row in what the forward pass computes.
-    positions: tokens that it has generated.
-    """
-
-    request_ids: Sequence[str]
-    slots: Sequence[int]
-    prompt: Sequence[bool]
-    discarded: Sequence[bool]
-    rows: Sequence[int]
-    positions: Sequence[int]
-
-
-@dataclass(frozen=True)
-class Held:
-    """What is held of the request in a slot: the number of its class, its lowest width in bits."""
-
-    number: int
-    floor: int = 0
-
-
-@dataclass
-class StepRecord:
-    """One step as `flexquant_trace` returns it. Entropies in nats, None where there are none.
-
-    first_level: of the layers before the probe, where it is not `level`.
-    """
-
-    step: int
-    request_ids: list[str]
-    prompt: list[bool]
-    level: int
-    widths: list[int]
-    average: list[float | None]
-    entropy: list[float | None] | None = None
-    first_level: int | None = None
-    scores: list[float] | None = None
-
-
-@dataclass(frozen=True)
-class BatchFacts:
-    """What the controller makes of a `Batch`.
-
-    floor: the highest of the lowest widths that were promised, bits. decoding: places of the
-    sequences that decode. sequences: int64 [4, n] of those, as `BudgetSteps` has them. logit_slots:
-    int64 [rows], where the entropies of the logits go.
-    """
-
-    floor: int = 0
-    decoding: Sequence[int] = ()
-    sequences: Array = None
-    logit_slots: Array = None
 
 
 class Controller:
@@ -125,6 +69,8 @@ class Controller:
         self._run_at: tuple[int, int] | None = None
         """Bounds of the step before, if it was one of decoding alone."""
         self.counts, self.since_asked = StepCounts(), SinceAsked()
+        self.speculation: SelfSpeculation | None = None
+        self._drafts = False
         self._trace: deque[StepRecord] = deque(maxlen=options.trace_steps)
         self._recorder = Recorder(options.trace_steps) if options.trace_steps else None
 
@@ -165,6 +111,7 @@ class Controller:
 
         assert self.table is not None
         self._ranks = ranks
+        self.calibration = calibration
         layers = self.table.layers
         self.ladder: Ladder = (
             calibrated_ladder(layers, calibration, fused or {})
@@ -193,6 +140,8 @@ class Controller:
 
     def _adopt(self, options: FlexQuantOptions) -> None:
         options = resolve_policy(options, calibrated=self.budget is not None)
+        if self.speculation is not None:
+            self.speculation.adopt(options)
         levelled = options.policy != "budget"
         self.policy: LevelPolicy | None = (
             make_policy(options, self.ladder.mean_bits) if levelled else None
@@ -244,7 +193,8 @@ class Controller:
         self.batch = batch
         source = batch.slots, batch.rows, batch.prompt, batch.discarded, self._admitted
         steady = source == self._facts_from
-        self._clock(ran if steady else None)
+        if self.speculation is None:
+            self._clock(ran if steady else None)
         if not steady:
             self.facts, self._facts_from = self._facts_of(batch), source
         if self.pinned:
@@ -382,8 +332,38 @@ class Controller:
 
     def probe(self, x: torch.Tensor) -> None:
         """Decide later layers by what the probe's layer is given, [rows, H]."""
-        if self.budget is not None:
+        if self.budget is not None and not self._drafts:
             self.budget.probe(x)
+
+    # ---- drafts
+
+    @contextmanager
+    def drafting(self, widths: Array) -> Iterator[None]:
+        """While drafts run: layers are at `widths`, int32 [layers], and nothing is decided."""
+        before = copied(self._written)
+        self._drafts = True
+        self._levels.put(widths)
+        try:
+            yield
+        finally:
+            self._written[:], self._drafts = before, False
+
+    def book_seconds(self, seconds: float) -> None:
+        """The step that ran last took so many seconds per token of a sequence, with its drafts."""
+        self._seconds = seconds
+        if (ran := self._run_at and RunAt(*self._run_at, *self._levels_run())) is None:
+            return
+        if (cost := self._cost_of(ran)) is not None:
+            self.load.book(len(self.facts.decoding), cost, seconds)
+
+    @property
+    def written(self) -> Array:
+        """int32 [layers], the widths in force."""
+        return self._written
+
+    def rung(self, level: int) -> Array:
+        """int32 [layers], the widths of a level."""
+        return self._rungs[level]
 
     def after_logits(self, logits: torch.Tensor, slots: torch.Tensor | None = None) -> None:
         """Take in the logits of the step that `before_forward` announced.
@@ -441,6 +421,11 @@ class Controller:
             ValueError: a bad value; nothing is changed.
         """
         options = PolicyUpdate.read(changes).apply(self.options)
+        if options.speculate and self.speculation is None:
+            raise ValueError(
+                f"speculate is {options.speculate}, but the engine was started without "
+                "self-speculation; start it with option speculate"
+            )
         self.count()
         self._adopt(options)
         self._levels.put(self._bounded(self._rungs[self.last.level][0], self.facts.floor))

@@ -10,9 +10,12 @@ from __future__ import annotations
 from functools import wraps
 from typing import Any
 
+import numpy as np
+import torch
 from vllm.logger import init_logger
 
-from vllm_flexquant.runtime.controller import Batch, Controller
+from vllm_flexquant.runtime.batch import Batch
+from vllm_flexquant.runtime.controller import Controller
 from vllm_flexquant.runtime.sequences import SlotBook
 
 logger = init_logger(f"vllm.{__name__}")
@@ -33,8 +36,8 @@ def _install_v1(runner: Any, controller: Controller) -> None:
     through here, so they run at whatever the table holds.
     """
     book = controller.requests = SlotBook(runner.max_num_reqs)
-    drafts = runner.vllm_config.speculative_config is not None
-    model_forward = runner._model_forward
+    speculates = runner.vllm_config.speculative_config is not None
+    model_forward, sample = runner._model_forward, runner._sample
 
     def announce() -> None:
         rows = runner.input_batch
@@ -50,19 +53,38 @@ def _install_v1(runner: Any, controller: Controller) -> None:
         ends = runner.query_start_loc.np[1 : count + 1]
         discarded = runner.discard_request_mask.np[:count]
         filling = (computed < prompt) | discarded
-        if count and ends[-1] != count and not drafts:
+        starts = runner.query_start_loc.np[:count]
+        last = ends - 1
+        if count and ends[-1] != count:
+            new_rows = ends - starts
+            if speculates:
+                drafted = np.array([len(tokens) for tokens in rows.spec_token_ids[:count]])
+                new_rows, last = new_rows - drafted, last - drafted
             # a preempted sequence that is back computes its own answer again, as a prompt
-            filling |= ends - runner.query_start_loc.np[:count] > 1
+            filling |= new_rows > 1
         controller.before_forward(
             Batch(
                 request_ids=ids,
                 slots=book.batch_slots,
                 prompt=filling.tolist(),
                 discarded=discarded.tolist(),
-                rows=(ends - 1).tolist(),
+                rows=last.tolist(),
                 positions=(computed - prompt).tolist(),
             )
         )
+
+    @wraps(sample)
+    def watched_sample(logits: Any, spec_decode_metadata: Any) -> Any:
+        if spec_decode_metadata is None:
+            controller.after_logits(logits)  # which sampling changes in place
+            return sample(logits, spec_decode_metadata)
+        output = sample(logits, spec_decode_metadata)
+        controller.after_logits(logits[_last_kept(output.sampled_token_ids, spec_decode_metadata)])
+        return output
+
+    if controller.speculation is not None:
+        # vLLM takes no logits processor of ours beside speculation
+        runner._sample = watched_sample
 
     @wraps(model_forward)
     def announced_forward(*args: Any, **kwargs: Any) -> Any:
@@ -74,6 +96,19 @@ def _install_v1(runner: Any, controller: Controller) -> None:
     # costs a wait per step (vllm-project/vllm#52461); ours does not, and it goes first in the list
     if len(runner.vllm_config.model_config.logits_processors or ()) == 1:
         runner.input_batch.logitsprocs_need_output_token_ids = False
+
+
+def _last_kept(sampled: torch.Tensor, drafts: Any) -> torch.Tensor:
+    """int64 [requests], the row of the logits that gave each request its last token.
+
+    Args:
+        sampled: [requests, drafts + 1], -1 from the first draft that was rejected on.
+        drafts: vLLM's metadata of the drafts verified.
+    """
+    ends = drafts.cu_num_sampled_tokens.long()
+    counts = torch.tensor(drafts.num_draft_tokens, device=ends.device) + 1
+    kept = (sampled != -1).sum(1).clamp(min=1)
+    return ends - counts + kept - 1
 
 
 def admit(controller: Controller, slot: int, params: Any) -> None:

@@ -37,6 +37,7 @@ def status(controller: Controller) -> dict[str, Any]:
         "budget": _accounts(controller),
         "load": _load(controller),
         "cost_table": controller.load.cost_table(),
+        "speculation": controller.speculation and controller.speculation.status(),
         "ladder": {
             "source": ladder.source,
             "kl_nats": ladder.kl_nats and list(ladder.kl_nats),
@@ -96,6 +97,9 @@ def metrics(controller: Controller) -> dict[str, Any]:
     for name, account in accounts.items():
         sums[name, "tokens"] = account["tokens"]
         sums[name, "booked_nats"] = account["tokens"] * account["booked_nats"]
+    if controller.speculation is not None:
+        gauges |= controller.speculation.gauges()
+        sums |= controller.speculation.sums()
     added = controller.since_asked(sums)
     return {
         "gauges": gauges,

@@ -10,7 +10,7 @@ from vllm.distributed import get_world_group
 from vllm.logger import init_logger
 
 from flexquant_kernels import ops
-from vllm_flexquant.runtime import hooks, probe
+from vllm_flexquant.runtime import draft_setup, hooks, probe
 from vllm_flexquant.runtime.linear import FlexLinearMethod
 from vllm_flexquant.runtime.quant_config import FlexQuantConfig
 from vllm_flexquant.runtime.table import WeightError
@@ -52,6 +52,8 @@ class FlexWorkerMixin:
         self._config.controller.allocate(
             self.device, scheduler.max_num_seqs, scheduler.max_num_batched_tokens
         )
+        if draft_setup.drafts_itself(self.vllm_config):
+            draft_setup.put_drafter(self.model_runner, self.vllm_config)
 
     def load_model(self, **kwargs: Any) -> None:
         if self.device.type == "cpu":
@@ -74,6 +76,7 @@ class FlexWorkerMixin:
             self._config.packed_modules_mapping,
             get_world_group().world_size,
         )
+        draft_setup.start(self.model_runner, controller, get_world_group().world_size)
         self._install_probe()
         hooks.install(self.model_runner, controller)
         self._compile()
@@ -159,6 +162,11 @@ class FlexWorkerMixin:
     def flexquant_trace(self, clear: bool = False) -> list[dict[str, Any]]:
         """As `Controller.trace`."""
         return self._config.controller.trace(clear)
+
+    def flexquant_drafts_trace(self) -> list[dict[str, Any]]:
+        """As `SelfSpeculation.trace`; empty without self-speculation."""
+        speculation = self._config.controller.speculation
+        return [] if speculation is None else speculation.trace()
 
     def flexquant_steps_trace(self) -> bytes | str:
         """As `Controller.steps_trace`; the reason as text if there is none."""

@@ -34,12 +34,19 @@ GAUGES = {
     "best_nats": "KL per token that the best level costs, by calibration.",
     "load_target_seconds": "Time per output token that load is kept to.",
     "load_met": "Share of the decode steps of late that kept it.",
+    "draft_mean_bits": "Mean width over all weights at which drafts run, in bits.",
+    "speculation_on": "1 if the last step drafted.",
+    "accepted_length": "Tokens that an answer gets of a step that verifies its drafts, mean.",
+    "speculation_speedup": "Tokens per second with drafts over those without, as measured of late.",
 }
 COUNTERS = {
     "decode_steps": "Decode steps.",
     "decode_step_bits": "Sum over decode steps of the mean width over all weights, in bits.",
     "switches": "Decode steps that ran at other widths than the one before.",
     "clamped_widths": "Calls of kernels at a width that the layer does not have.",
+    "speculated_steps": "Decode steps that verified drafts.",
+    "draft_seconds": "Seconds spent on drafting.",
+    "verify_seconds": "Seconds of the steps that verified drafts.",
     "unknown_rows": "Rows whose logits or hidden state were no numbers: they ask for all bits.",
 }
 CLASS_GAUGES = {

@@ -1,0 +1,345 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Self-speculation: whether to draft at all, and after which draft to stop.
+
+Drafts run at a cheap level of the ladder, one forward pass per token; one step at the level in
+force verifies them all. A draft is worth its time while
+
+    (chance that it is kept) x (seconds per token)  >  seconds of a draft + seconds of a row more
+
+where the chance is the product, over the drafts so far, of what their own entropies say (Leviathan
+et al., arXiv:2211.17192, section 3, has the expectation for a chance that is always the same).
+Whether speculation pays at all is not modelled but measured: seconds per token of steps with drafts
+and of plain steps, for each number of sequences (a power of two at most), on the host's clock.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm_flexquant.config import Gate
+
+_FIRST_PLAIN, _FIRST_DRAFTED = 4, 8
+"""Steps of each kind that are measured before the first choice between them."""
+
+_AGAIN_PLAIN, _AGAIN_DRAFTED = 128, 400
+_BURST_PLAIN, _BURST_DRAFTED = 2, 4
+"""After so many steps of the better kind, so many of the other are measured again."""
+
+_FORGET = 0.95
+_WORTH = 0.99
+"""Seconds per token over those of plain steps below which speculation is on."""
+
+_LONGEST = 3.0
+"""A step that takes so many times the mean counts as if it took that: something else ran."""
+
+_SHARE, _ROW = 0.5, 0.03
+"""Until measured: the part of a step's time that follows its bytes, and what one row more adds."""
+
+_PRIOR_TOKENS, _FADE = 20.0, 0.999
+_PRIOR_SLOPE = 0.35
+"""Uncalibrated, drafts are taken to be kept with exp(-0.35 nats): the middle of small models."""
+
+
+class Mean:
+    """Mean of seconds, fading."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._weight = self._sum = 0.0
+
+    def add(self, seconds: float) -> None:
+        """Take in a step."""
+        if self.count:
+            seconds = min(seconds, _LONGEST * self.value)
+        self.count += 1
+        self._weight = _FORGET * self._weight + 1.0
+        self._sum = _FORGET * self._sum + seconds
+
+    @property
+    def value(self) -> float:
+        return self._sum / self._weight if self._weight else 0.0
+
+
+class PerToken:
+    """Seconds per token, fading."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._tokens = self._seconds = 0.0
+
+    def add(self, seconds: float, tokens: int) -> None:
+        """Take in a step that gave so many tokens."""
+        if self.count:
+            seconds = min(seconds, _LONGEST * self.value * max(tokens, 1))
+        self.count += 1
+        self._tokens = _FORGET * self._tokens + tokens
+        self._seconds = _FORGET * self._seconds + seconds
+
+    @property
+    def value(self) -> float:
+        return self._seconds / self._tokens if self._tokens else 0.0
+
+
+class Acceptance:
+    """Chance that a draft is kept, by the entropy of its logits: calibrated, then as seen.
+
+    Args:
+        by_entropy: chance in each bin of `bin_nats`, the last one open; None if not calibrated.
+        mean: over all drafts.
+    """
+
+    def __init__(
+        self,
+        by_entropy: Sequence[float] | None = None,
+        bin_nats: float = 0.25,
+        mean: float | None = None,
+        bins: int = 32,
+    ) -> None:
+        if by_entropy is None:
+            by_entropy = [math.exp(-_PRIOR_SLOPE * (i + 0.5) * bin_nats) for i in range(bins)]
+        self._bin_nats = bin_nats
+        self._kept = [chance * _PRIOR_TOKENS for chance in by_entropy]
+        self._seen = [_PRIOR_TOKENS] * len(by_entropy)
+        self._all = _PRIOR_TOKENS
+        self._all_kept = (0.7 if mean is None else mean) * _PRIOR_TOKENS
+
+    def _bin(self, nats: float) -> int:
+        # not a number: no distribution, nothing is sure
+        return min(int(nats / self._bin_nats), len(self._seen) - 1) if nats >= 0 else -1
+
+    def of(self, nats: float) -> float:
+        """Of a draft whose logits have this entropy."""
+        number = self._bin(nats)
+        return self._kept[number] / self._seen[number]
+
+    @property
+    def mean(self) -> float:
+        """Of the next draft, whose entropy is not known yet."""
+        return self._all_kept / self._all
+
+    def book(self, nats: float, kept: bool) -> None:
+        """A draft has been verified."""
+        number = self._bin(nats)
+        self._seen[number] = _FADE * self._seen[number] + 1.0
+        self._kept[number] = _FADE * self._kept[number] + kept
+        self._all = _FADE * self._all + 1.0
+        self._all_kept = _FADE * self._all_kept + kept
+
+    def table(self) -> list[float]:
+        """Chance in each bin."""
+        return [kept / seen for kept, seen in zip(self._kept, self._seen, strict=True)]
+
+
+@dataclass
+class Times:
+    """What was measured for so many sequences.
+
+    plain, drafted: seconds per token of steps without and with drafts, drafting included. step:
+    seconds of a plain step. draft: of one forward pass that drafts. rows: sums for what a row more
+    adds to a step.
+    """
+
+    plain: PerToken = field(default_factory=PerToken)
+    drafted: PerToken = field(default_factory=PerToken)
+    step: Mean = field(default_factory=Mean)
+    draft: Mean = field(default_factory=Mean)
+    row: Mean = field(default_factory=Mean)
+    turn: int = 0
+    on: bool = True
+
+    def rate(self) -> float:
+        """Seconds per token, of the better kind."""
+        found = [kind.value for kind in (self.plain, self.drafted) if kind.count]
+        return min(found) if found else 0.0
+
+
+@dataclass
+class Speculation:
+    """Decides for one engine.
+
+    most: tokens drafted at most before a step verifies them. gate: what ends a draft: what it
+    gains, an entropy above `threshold` (nats), or only `most`. draft_cost: bytes that the draft's
+    level reads over those of the level that verifies. clocked: time is measured; ranks that must
+    decide the same have clocks of their own and go by `draft_cost` alone.
+    """
+
+    most: int
+    gate: Gate = "gain"
+    threshold: float = 1.5
+    draft_cost: float = 0.6
+    clocked: bool = True
+    greedy: Acceptance = field(default_factory=Acceptance)
+    sampled: Acceptance = field(default_factory=Acceptance)
+    times: dict[int, Times] = field(default_factory=dict)
+
+    def length(self, sequences: int) -> int:
+        """Tokens to draft at most, 0 to run a plain step."""
+        if self.gate == "fixed" or not sequences:
+            return self.most if sequences else 0
+        if not self.clocked:
+            return expected_best(self.greedy.mean, *self._relative(sequences), self.most)[0]
+        times = self._of(sequences)
+        times.turn += 1
+        if times.plain.count < _FIRST_PLAIN:
+            return 0
+        if times.drafted.count < _FIRST_DRAFTED:
+            return self.most
+        times.on = times.drafted.value < _WORTH * times.plain.value
+        again, burst = (
+            (_AGAIN_PLAIN, _BURST_PLAIN) if times.on else (_AGAIN_DRAFTED, _BURST_DRAFTED)
+        )
+        looks = times.turn % (again + burst) < burst
+        return self.most if times.on != looks else 0
+
+    def goes_on(self, chances: Sequence[float], sequences: int) -> list[bool]:
+        """Whether each of the sequences that draft is worth another draft.
+
+        Args:
+            chances: that its next draft and all before it are kept.
+            sequences: of the batch.
+        """
+        if self.gate != "gain":
+            return [True] * len(chances)
+        _, draft, row, token = self._costs(sequences)
+        gains = [chance * token - row for chance in chances]
+        if sum(gain for gain in gains if gain > 0) <= draft:
+            return [False] * len(chances)
+        return [gain > 0 for gain in gains]
+
+    def keeps(self, chance: float, nats: float, sequences: int) -> bool:
+        """Whether a draft is worth a row of the step that verifies.
+
+        Args:
+            chance: that it and all before it are kept.
+            nats: entropy of its logits.
+        """
+        if self.gate == "fixed":
+            return True
+        if self.gate == "entropy":
+            return nats <= self.threshold
+        _, _, row, token = self._costs(sequences)
+        return chance * token > row
+
+    def of(self, greedy: bool) -> Acceptance:
+        """What is known of the drafts of greedy requests, or of those that sample."""
+        return self.greedy if greedy else self.sampled
+
+    # ---- what was measured
+
+    def book_draft(self, sequences: int, seconds: float) -> None:
+        """One forward pass drafted for the sequences of a batch."""
+        if self.clocked:
+            self._of(sequences).draft.add(seconds)
+
+    def book_step(
+        self, sequences: int, extra: int, tokens: int, step: float, drafting: float = 0.0
+    ) -> None:
+        """A step of decoding has run.
+
+        Args:
+            extra: rows beyond one per sequence. tokens: that it gave.
+            step: its seconds; drafting: those spent on drafts for it, 0 if there was none.
+        """
+        if not self.clocked:
+            return
+        times = self._of(sequences)
+        if not drafting:
+            times.plain.add(step, tokens)
+            times.step.add(step)
+            return
+        times.drafted.add(step + drafting, tokens)
+        if extra and times.step.count:
+            times.row.add(max(step - times.step.value, 0.0) / extra)
+
+    def _of(self, sequences: int) -> Times:
+        return self.times.setdefault(max(sequences - 1, 0).bit_length(), Times())
+
+    def _relative(self, sequences: int) -> tuple[float, float]:
+        """A draft and a row more for each sequence, over a plain step."""
+        return 1 - _SHARE * (1 - self.draft_cost), _ROW * sequences
+
+    def _costs(self, sequences: int) -> tuple[float, float, float, float]:
+        """Seconds of a plain step, of a draft, of a row more and per token; where nothing was
+        measured, shares of a step that takes 1."""
+        times = self._of(sequences)
+        step = times.step.value if times.step.count else 1.0
+        draft, row = self._relative(1)
+        return (
+            step,
+            times.draft.value if times.draft.count else step * draft,
+            times.row.value if times.row.count else step * row,
+            times.rate() or step / max(sequences, 1),
+        )
+
+    def speedup(self, sequences: int) -> float | None:
+        """Tokens per second with drafts over those without, None until both were measured."""
+        times = self._of(sequences)
+        if not times.plain.count or not times.drafted.count or not times.drafted.value:
+            return None
+        return times.plain.value / times.drafted.value
+
+    def cost_table(self) -> list[dict[str, Any]]:
+        """What is known by number of sequences: seconds of a plain step, a draft and a row more,
+        tokens per second with drafts over without, and whether speculation is on."""
+        return [
+            {
+                "sequences": 1 << bucket,
+                "step_seconds": times.step.value,
+                "draft_seconds": times.draft.value,
+                "row_seconds": times.row.value,
+                "speedup": self.speedup(1 << bucket),
+                "on": times.on,
+            }
+            for bucket, times in sorted(self.times.items())
+        ]
+
+
+def expected_speedup(kept: float, length: int, draft: float, row: float) -> float:
+    """Tokens per second over those of plain steps, with `length` drafts each kept with `kept`.
+
+    Args:
+        draft: time of a draft over that of a plain step.
+        row: what verifying one draft more adds to a step, over a plain step.
+    """
+    tokens = sum(kept**i for i in range(length + 1))
+    return tokens / (1 + length * (draft + row))
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A level of the ladder and a length at which drafts are expected to gain most."""
+
+    level: int
+    length: int
+    speedup: float
+
+
+def best_draft(
+    levels: Sequence[tuple[int, float]], cost: Sequence[float], most: int, row: float = _ROW
+) -> Draft:
+    """The level that drafts best for one sequence.
+
+    Args:
+        levels: and the chance that its draft is kept, of each level that was measured.
+        cost: of every level of the ladder over the best one's, in bytes read or in time; half of a
+            step is taken to follow it.
+    """
+    found = []
+    for level, kept in levels:
+        draft = 1 - _SHARE * (1 - cost[level])
+        length, speedup = expected_best(kept, draft, row, most)
+        # where nothing pays, what loses least when it is tried
+        found.append(
+            Draft(level, length, speedup if length else expected_speedup(kept, 1, draft, row))
+        )
+    return max(found, key=lambda draft: draft.speedup)
+
+
+def expected_best(kept: float, draft: float, row: float, most: int) -> tuple[int, float]:
+    """The length up to `most` of the highest expected speed-up, and that; 0 where none pays."""
+    every = [(expected_speedup(kept, n, draft, row), -n) for n in range(most + 1)]
+    speedup, length = max(every)
+    return -length, speedup
