@@ -91,3 +91,25 @@ def compile_counters(worker):
 def remembered_requests(worker):
     """Requests that the plugin still holds anything for."""
     return list(worker.vllm_config.quant_config.controller.requests)
+
+
+def what_drafts_hold(worker):
+    """What the drafter shares with its target, and what it has of its own, in bytes."""
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+    runner = worker.model_runner
+    drafter, model = runner.drafter, runner.model
+    tensors = [*model.parameters(), *model.buffers()]
+    for layer in model.modules():
+        tensors += [t for t in vars(layer).values() if isinstance(t, torch.Tensor)]
+    weights = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    own = [t for t in vars(drafter).values() if isinstance(t, torch.Tensor)]
+    layers = worker.vllm_config.compilation_config.static_forward_context.values()
+    return {
+        "same_model": drafter.model is model,
+        "own_parameters": sum(isinstance(t, torch.nn.Parameter) for t in own),
+        "own_bytes": sum(t.untyped_storage().nbytes() for t in own),
+        "weight_bytes": sum(weights.values()),
+        "layers": sum(isinstance(layer, AttentionLayerBase) for layer in layers),
+        "cache_layers": len(runner.kv_caches),
+    }
