@@ -30,11 +30,11 @@ from benchmarks.quality.calibrated import RESULTS
 from vllm_flexquant.format.checkpoint import StoredConfig, read_sidecar
 from vllm_flexquant.quantize.calibrate import (
     ESTIMATE_SHARE,
-    PROBE_FIT_SHARE,
     RUNG_SHARE,
     SAMPLE_SHARE,
 )
 from vllm_flexquant.quantize.gptq import GptqSettings
+from vllm_flexquant.quantize.signals import PROBE_FIT_SHARE
 
 FIT, HELD_BACK = 96 * 512, 32 * 512
 """Tokens of `flexquant quantize`'s defaults."""

@@ -2,7 +2,8 @@
 import pytest
 import torch
 
-from vllm_flexquant.quantize.need import BINS, DECAY, need_of_entropy
+from vllm_flexquant.quantize.bins import BINS
+from vllm_flexquant.quantize.need import DECAY, need_of_entropy
 from vllm_flexquant.runtime.sequences import SequenceEntropy
 
 

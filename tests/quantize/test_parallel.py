@@ -148,7 +148,7 @@ def test_a_task_whose_worker_dies_is_run_again(cluster, nested, tmp_path):
             return nested_read(index)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    found = cluster.divergence(replace(nested, read=read_or_die), tokens, choices, lambda _: None)
+    (found,) = cluster.compare(replace(nested, read=read_or_die), tokens, choices, lambda _: None)
     assert marker.exists()
     assert torch.equal(found, evaluate.divergence(nested, tokens, choices))
 
@@ -160,7 +160,7 @@ def test_a_task_that_is_always_lost_ends_in_one_sentence(cluster, nested):
     workers = parallel.OnRay("local", retries=1)
     choices = [{nested.units[0][0].name: 4}]
     with pytest.raises(ValueError, match=r"lost in the Ray cluster 'local' 2 times.*add --resume"):
-        workers.divergence(
+        workers.compare(
             replace(nested, read=die), torch.arange(32).view(2, 16), choices, lambda _: None
         )
 

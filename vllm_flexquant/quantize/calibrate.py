@@ -25,8 +25,6 @@ from vllm_flexquant.format.layout import ScaleMode
 from vllm_flexquant.format.record import (
     CalibrationRecord,
     LadderRecord,
-    NeedRecord,
-    ProbeRecord,
     RungRecord,
     StepRecord,
     UnitRecord,
@@ -35,14 +33,12 @@ from vllm_flexquant.quantize import (
     calibration,
     evaluate,
     parallel,
-    probe,
     search,
     sensitivity,
+    signals,
 )
-from vllm_flexquant.quantize.activations import int8_activations_kl
 from vllm_flexquant.quantize.blocks import BlockModel, Unit
 from vllm_flexquant.quantize.cost import KernelTimes, read_kernel_times
-from vllm_flexquant.quantize.need import need_of_entropy
 from vllm_flexquant.quantize.pipeline import (
     Rounded,
     check_paths,
@@ -71,16 +67,6 @@ Search = Literal["greedy", "tree"]
 ESTIMATE_SHARE, SAMPLE_SHARE, RUNG_SHARE = 0.5, 0.25, 0.5
 """Share of the held-back sequences on which sensitivities are estimated, a sample of them measured,
 and rungs measured: what is measured for many choices makes do with less text."""
-
-PROBE_FIT_SHARE = 0.5
-"""Share of the calibrating sequences that the probe is fitted to. All held back judge it."""
-
-INT8_SHARE = 0.25
-"""Share of the held-back sequences on which the cost of int8 activations is measured."""
-
-PROBE_LEVEL = 0.25
-"""The lower of the two levels that the probe is fitted on and judged by, as a share of the way from
-the lowest bits up; the upper is the best."""
 
 
 @dataclass(frozen=True)
@@ -282,6 +268,7 @@ class _Run:
         steps = self._search({n: {w: by[w].kl for w in self.widths} for n, by in costs.items()})
         uniform, measured = self._measure_rungs(steps)
         rungs = rung_records(steps, self.sizes, measured)
+        found = self._signals(steps, rungs)
         number = {unit.name: i for i, unit in enumerate(self.units)}
         return CalibrationRecord(
             text=text | {"estimate_checked": checked},
@@ -301,7 +288,9 @@ class _Run:
                 steps=tuple(StepRecord(unit=number[s.unit], width=s.width) for s in steps),
                 rungs=rungs,
             ),
-            **self._signals(steps, rungs),
+            probe=found.probe if found else None,
+            need=found.need if found else None,
+            int8_activations=found.int8_activations if found else None,
         )
 
     def _round_output(self) -> None:
@@ -320,10 +309,10 @@ class _Run:
         report: Callable[[float], None],
         share: float,
     ) -> torch.Tensor:
-        return self.workers.divergence(self.nested, self._held_back(share), choices, report)
+        return self.workers.compare(self.nested, self._held_back(share), choices, report)[0]
 
     def _held_back(self, share: float) -> torch.Tensor:
-        return _evenly(self.tokens.held_back, share)
+        return calibration.take_evenly(self.tokens.held_back, share)
 
     def _sensitivities(
         self,
@@ -432,61 +421,22 @@ class _Run:
         )
         return uniform, by_steps
 
-    def _signals(self, steps: Sequence[search.Step], rungs: Sequence[RungRecord]) -> dict[str, Any]:
-        """Fields of the record that tell what a token needs, and what int8 activations cost."""
+    def _signals(
+        self, steps: Sequence[search.Step], rungs: Sequence[RungRecord]
+    ) -> signals.Signals | None:
+        if not signals.probe_blocks(self.nested):
+            return None
         stored = self.work.read_json("signals")
-        blocks = [i for i in probe.candidates(len(self.model)) if self.blocks[i]]
-        if not blocks:
-            return {}
         if stored is None:
-            bits = [rung.mean_bits for rung in rungs]
-            wanted = bits[-1] + PROBE_LEVEL * (bits[0] - bits[-1])
-            number = min(range(len(bits)), key=lambda i: abs(bits[i] - wanted))
-            every = self._widths_after(steps)
-            low, high = every[number], every[0]
-            fitted = _evenly(self.tokens.fit, PROBE_FIT_SHARE)
-            tokens = torch.cat([fitted, self.tokens.held_back])
             with self.stage("probe") as report:
-                kl, entropy = self.workers.divergence(
-                    self.nested, tokens, [low, high], lambda share: report(share * 0.7), True
-                )
-                found = probe.ProbeFit(kl[0], kl[1], torch.arange(tokens.numel()) < fitted.numel())
-                probes, best = [], None
-                for index, given in probe.inputs_of_blocks(self.nested, tokens, low, blocks):
-                    probes.append(found.probe(index, given))
-                    if best is None or probes[-1].relative_kl < best.relative_kl:
-                        best = found.tempered(probes[-1], given)
-                    report(0.7 + 0.3 * len(probes) / len(blocks))
-                need = need_of_entropy(kl[0], entropy[0], tokens.shape[1])
-                rounding = int8_activations_kl(
-                    self.nested, self._held_back(INT8_SHARE), high, self.options.group_size
-                )
-            assert best is not None
-            names = {i: self.blocks[i][0].name for i in blocks}
-            top = len(rungs) - 1
-            record = ProbeRecord(
-                layer=names[best.block],
-                weight=tuple(best.weight.tolist()),
-                bias=best.bias,
-                levels=(top - number, top),
-                relative_kl=best.relative_kl,
-                correlation=best.correlation,
-                candidates={names[p.block]: p.relative_kl for p in probes},
-            )
-            stored = {
-                "probe": record.model_dump(mode="json"),
-                "need": need.model_dump(mode="json"),
-                "int8_activations": rounding,
-            }
+                stored = signals.measure_signals(
+                    self.nested,
+                    self.workers,
+                    self.tokens,
+                    rungs,
+                    self._widths_after(steps),
+                    self.options.group_size,
+                    report,
+                ).dump()
             self.work.write_json("signals", stored)
-        return {
-            "probe": ProbeRecord.model_validate(stored["probe"]),
-            "need": NeedRecord.model_validate(stored["need"]),
-            "int8_activations": tuple(stored["int8_activations"]),
-        }
-
-
-def _evenly(sequences: torch.Tensor, share: float) -> torch.Tensor:
-    """So many of the sequences, from all over."""
-    count = max(1, round(len(sequences) * share))
-    return sequences[torch.arange(count) * len(sequences) // count]
+        return signals.Signals.load(stored)

@@ -113,6 +113,12 @@ def cut_tokens(
     return CalibrationTokens(rows[~held], rows[held])
 
 
+def take_evenly(sequences: torch.Tensor, share: float) -> torch.Tensor:
+    """So many of the sequences, from all over; at least one."""
+    count = max(1, round(len(sequences) * share))
+    return sequences[torch.arange(count) * len(sequences) // count]
+
+
 def load_tokenizer(model: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint folder.
 

@@ -23,6 +23,10 @@ Widths = Mapping[str, int]
 Advance = Callable[[int], None]
 """Called with the number of blocks done."""
 
+Facts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""What is to be known of tokens, fp32 [facts, ...], by log-probabilities and probabilities of the
+truth and log-probabilities of a choice, fp32 [..., vocabulary] each."""
+
 OUTPUT_INDEX = -1
 """Stands for the output layer where blocks have numbers."""
 
@@ -73,8 +77,41 @@ def divergence(
         choices: widths of units; `{}` is the reference itself.
         with_entropy: also the entropy of the choice, in nats: [2, choices, sequences * length].
     """
+    facts = kl_and_entropy if with_entropy else kl_alone
+    found = compare(nested, tokens, choices, facts, advance=advance)
+    return found if with_entropy else found[0]
+
+
+def kl_alone(truth: torch.Tensor, probability: torch.Tensor, served: torch.Tensor) -> torch.Tensor:
+    """As `Facts`: KL(truth || choice) in nats."""
+    return (probability * (truth - served)).sum(-1).unsqueeze(0)
+
+
+def kl_and_entropy(
+    truth: torch.Tensor, probability: torch.Tensor, served: torch.Tensor
+) -> torch.Tensor:
+    """As `Facts`: KL(truth || choice), and the entropy of the choice, in nats."""
+    (kl,) = kl_alone(truth, probability, served)
+    return torch.stack([kl, -(served.exp() * served).sum(-1)])
+
+
+def compare(
+    nested: NestedModel,
+    tokens: torch.Tensor,
+    choices: Sequence[Widths],
+    facts: Facts,
+    truth: Widths | None = None,
+    advance: Advance | None = None,
+) -> torch.Tensor:
+    """Facts of every token of each choice, fp32 [facts, choices, sequences * length].
+
+    Args:
+        tokens: int64 [sequences, length].
+        choices: widths of units.
+        truth: the choice that they are compared with; the reference if None.
+    """
     batches = cut(tokens)
-    everything = [{}, *choices]
+    everything = [truth or {}, *choices]
     with torch.inference_mode():
         start = [nested.model.embed(batch) for batch in batches]
         groups = [_Shared(start, list(range(len(everything))))]
@@ -82,7 +119,7 @@ def divergence(
             groups = _through_block(nested, index, batches, everything, groups)
             if advance:
                 advance(index + 1)
-        return _compare(nested, batches, everything, groups, with_entropy)
+        return _facts_of_tokens(nested, batches, everything, groups, facts)
 
 
 def cut(tokens: torch.Tensor) -> list[torch.Tensor]:
@@ -144,39 +181,38 @@ class Swap:
         return self.made[name, width]
 
 
-def _compare(
+def _facts_of_tokens(
     nested: NestedModel,
     batches: Sequence[torch.Tensor],
     choices: Sequence[Widths],
     groups: Sequence[_Shared],
-    with_entropy: bool,
+    facts: Facts,
 ) -> torch.Tensor:
     model = nested.model
     result: list[list[torch.Tensor]] = [[] for _ in choices]
-    reference = next(group for group in groups if 0 in group.members)
+    first = next(group for group in groups if 0 in group.members)
     outputs: dict[int | None, torch.Tensor | None] = {None: None}
     if widths := {choice[OUTPUT_LAYER] for choice in choices if OUTPUT_LAYER in choice}:
         stored = nested.read(OUTPUT_INDEX)[OUTPUT_LAYER]
         outputs |= {width: stored.dequantize(nested.layout, width) for width in widths}
     for b, batch in enumerate(batches):
         for rows in torch.arange(len(batch)).split(max(1, _LOGIT_TOKENS // batch.shape[1])):
-            truth = _log_softmax(model, batch[rows], reference.hidden[b][rows], None)
+            output = outputs[choices[0].get(OUTPUT_LAYER)]
+            truth = _log_softmax(model, batch[rows], first.hidden[b][rows], output)
             probability = truth.exp()
             for group in groups:
                 done: dict[int | None, torch.Tensor] = {}
                 for member in group.members:
+                    if member == 0:
+                        continue
                     width = choices[member].get(OUTPUT_LAYER)
                     if width not in done:
                         served = _log_softmax(
                             model, batch[rows], group.hidden[b][rows], outputs[width]
                         )
-                        found = [(probability * (truth - served)).sum(-1)]
-                        if with_entropy:
-                            found.append(-(served.exp() * served).sum(-1))
-                        done[width] = torch.stack(found).flatten(1).cpu()
+                        done[width] = facts(truth, probability, served).flatten(1).cpu()
                     result[member].append(done[width])
-    every = torch.stack([torch.cat(parts, 1) for parts in result[1:]], 1)
-    return every if with_entropy else every[0]
+    return torch.stack([torch.cat(parts, 1) for parts in result[1:]], 1)
 
 
 def _log_softmax(

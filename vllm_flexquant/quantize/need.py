@@ -7,9 +7,9 @@ import numpy as np
 import torch
 
 from vllm_flexquant.format.record import NeedRecord
+from vllm_flexquant.quantize.bins import BIN_NATS, mean_by_bin
 from vllm_flexquant.runtime.sequences import SequenceEntropy
 
-BIN_NATS, BINS = 0.25, 32
 DECAY = 0.5
 """Of the moving average, as the engine's default."""
 
@@ -24,8 +24,8 @@ def need_of_entropy(kl: torch.Tensor, entropy: torch.Tensor, length: int) -> Nee
     before, known = _average_before(entropy.reshape(-1, length))
     return NeedRecord(
         bin_nats=BIN_NATS,
-        by_entropy=_by_bin(entropy, need),
-        by_average=_by_bin(before[known], need[known]),
+        by_entropy=mean_by_bin(entropy, need),
+        by_average=mean_by_bin(before[known], need[known]),
         decay=DECAY,
     )
 
@@ -42,13 +42,3 @@ def _average_before(entropy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         average[:, i], known[:, i] = map(torch.from_numpy, state.of(slots))
         state.update(nats, slots, DECAY)
     return average.flatten(), known.flatten()
-
-
-def _by_bin(nats: torch.Tensor, need: torch.Tensor) -> tuple[float, ...]:
-    """Mean need in each bin, smoothed over the others by how near they are: every bin has some."""
-    number = (nats / BIN_NATS).long().clamp(0, BINS - 1)
-    count = torch.bincount(number, minlength=BINS).double()
-    total = torch.bincount(number, need.double(), minlength=BINS)
-    apart = torch.arange(BINS)[:, None] - torch.arange(BINS)[None, :]
-    near = torch.exp(-2.0 * apart.abs().double())
-    return tuple(((near @ total) / (near @ count)).tolist())

@@ -2,10 +2,11 @@
 """Where the independent parts of calibration run: here, or as tasks of a Ray cluster.
 
 Split into tasks are the rounding of a block's layers (each has its weights and Hessian), the
-second-order estimate by batches of tokens, and measured KL by batches of tokens and by choices.
-The rest stays here: blocks are rounded one after the other, because each is rounded for what the
-rounded blocks before it give it, and so do Hessians, the output layer, the order of the ladder and
-the probe. The tree search waits for the measurement of one node before it knows the next.
+second-order estimate by batches of tokens, and what is measured (KL, drafts) by batches of tokens
+and by choices. The rest stays here: blocks are rounded one after the other, because each is rounded
+for what the rounded blocks before it give it, and so do Hessians, the output layer, the order of
+the ladder and the probe. The tree search waits for the measurement of one node before it knows the
+next.
 
 Results are the same bit for bit as without Ray: parts are cut only where they do not depend on
 each other, and a task uses as many threads as the part does here (the last bits of a matrix product
@@ -77,15 +78,16 @@ class Workers(Protocol):
     ) -> dict[str, dict[int, sensitivity.Cost]]:
         """As `sensitivity.estimate`."""
 
-    def divergence(
+    def compare(
         self,
         nested: NestedModel,
         tokens: torch.Tensor,
         choices: Sequence[Widths],
         report: Report,
-        with_entropy: bool = False,
+        facts: evaluate.Facts = evaluate.kl_alone,
+        truth: Widths | None = None,
     ) -> torch.Tensor:
-        """As `evaluate.divergence`."""
+        """As `evaluate.compare`; `facts` is a function of a module, which workers find by name."""
 
 
 @contextmanager
@@ -135,18 +137,17 @@ class Local:
         blocks = len(nested.model)
         return sensitivity.estimate(nested, tokens, seed, lambda i: report(i / blocks))
 
-    def divergence(
+    def compare(
         self,
         nested: NestedModel,
         tokens: torch.Tensor,
         choices: Sequence[Widths],
         report: Report,
-        with_entropy: bool = False,
+        facts: evaluate.Facts = evaluate.kl_alone,
+        truth: Widths | None = None,
     ) -> torch.Tensor:
         blocks = len(nested.model)
-        return evaluate.divergence(
-            nested, tokens, choices, lambda i: report(i / blocks), with_entropy
-        )
+        return evaluate.compare(nested, tokens, choices, facts, truth, lambda i: report(i / blocks))
 
 
 @dataclass(frozen=True)
@@ -226,13 +227,14 @@ class OnRay:
         items = [(recipe, part) for part in _spread(seeded, slots)]
         return sensitivity.summarize(self._run(_terms, items, recipe.device, report))
 
-    def divergence(
+    def compare(
         self,
         nested: NestedModel,
         tokens: torch.Tensor,
         choices: Sequence[Widths],
         report: Report,
-        with_entropy: bool = False,
+        facts: evaluate.Facts = evaluate.kl_alone,
+        truth: Widths | None = None,
     ) -> torch.Tensor:
         recipe = _Recipe.of(nested)
         _, slots, _ = self._claim(recipe.device, self.place.threads)
@@ -240,16 +242,14 @@ class OnRay:
         texts = [torch.cat(part) for part in _spread(evaluate.cut(tokens), wanted)]
         groups = group_choices(choices, nested.units, -(-wanted // len(texts)))
         items = [
-            (recipe, text, [dict(choices[i]) for i in group], with_entropy)
+            (recipe, text, [dict(choices[i]) for i in group], facts, truth and dict(truth))
             for group in groups
             for text in texts
         ]
-        found = iter(self._run(_divergence, items, recipe.device, report))
-        both = (2,) if with_entropy else ()
-        result = torch.empty(*both, len(choices), tokens.numel())
-        for group in groups:
-            result[..., group, :] = torch.cat([next(found) for _ in texts], dim=-1)
-        return result
+        found = iter(self._run(_compare, items, recipe.device, report))
+        by_group = [torch.cat([next(found) for _ in texts], dim=-1) for _ in groups]
+        order = torch.tensor([i for group in groups for i in group]).argsort()
+        return torch.cat(by_group, dim=1)[:, order]
 
     def _claim(self, device: str, threads: int) -> tuple[dict[str, float], int, list[str]]:
         """Resources of a task, how many tasks run at the same time, and the nodes that run any."""
@@ -467,12 +467,12 @@ def _terms(
     return sensitivity.per_token(_nested(place, recipe), seeded)
 
 
-def _divergence(
+def _compare(
     place: _Place,
     recipe: _Recipe,
     tokens: torch.Tensor,
     choices: Sequence[Widths],
-    with_entropy: bool,
+    facts: evaluate.Facts,
+    truth: Widths | None,
 ) -> torch.Tensor:
-    nested = _nested(place, recipe)
-    return evaluate.divergence(nested, tokens, choices, with_entropy=with_entropy)
+    return evaluate.compare(_nested(place, recipe), tokens, choices, facts, truth)
