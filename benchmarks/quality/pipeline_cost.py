@@ -29,10 +29,12 @@ from benchmarks.provenance import provenance, write_json
 from benchmarks.quality.calibrated import RESULTS
 from vllm_flexquant.format.checkpoint import StoredConfig, read_sidecar
 from vllm_flexquant.quantize.calibrate import (
+    DRAFT_SHARE,
     ESTIMATE_SHARE,
     RUNG_SHARE,
     SAMPLE_SHARE,
 )
+from vllm_flexquant.quantize.drafts import LEVELS
 from vllm_flexquant.quantize.gptq import GptqSettings
 from vllm_flexquant.quantize.signals import PROBE_FIT_SHARE
 
@@ -123,6 +125,7 @@ def operations(shape: Shape, widths: int) -> dict[str, float]:
         "sensitivity, measured": measured,
         "ladder, measured": rungs,
         "probe": (HELD_BACK + FIT * PROBE_FIT_SHARE) * (3 * (forward + logits) + forward / 3),
+        "drafts": HELD_BACK * DRAFT_SHARE * (1 + LEVELS) * (forward + logits),
     }
 
 
@@ -132,9 +135,9 @@ def launches(shape: Shape) -> float:
     return columns * GptqSettings().rounds * _LAUNCHES_PER_COLUMN
 
 
-SWEEPS = 8
+SWEEPS = 9
 """Times that all blocks are read: two for rounding (weights, and codes written), two for the
-estimate, one each for what is measured, the probe's inputs, and writing."""
+estimate, one each for what is measured, the probe's inputs, drafts, and writing."""
 
 
 def main() -> None:

@@ -66,7 +66,7 @@ def test_the_checkpoint_holds_what_was_found(finished):
     assert sidecar["provenance"]["run"]["peak_memory_bytes"] > 1e8
     assert stages == [
         "rounding", "sensitivity, estimated", "sensitivity, measured", "ladder, greedy",
-        "ladder, measured", "probe", "writing",
+        "ladder, measured", "probe", "drafts", "writing",
     ]  # fmt: skip
 
 
@@ -87,12 +87,28 @@ def test_the_ladder_is_one_plane_of_one_unit_at_a_time(finished):
     assert record.probe.relative_kl < 1.2
 
 
+def test_levels_of_the_ladder_are_measured_as_drafts(finished):
+    _, record, _ = finished
+    rungs, levels = record.ladder.rungs, record.drafts.levels
+    assert len(levels) == 6
+    assert levels[0].steps > 0
+    assert levels[-1].steps == len(rungs) - 1
+    assert [rungs[level.steps].mean_bits for level in levels] == pytest.approx(
+        [8 - 4 * i / 6 for i in range(1, 7)], abs=0.2
+    )
+    # the best level is near enough to the reference for both to see a draft alike
+    assert levels[-1].kl_nats == pytest.approx(rungs[-1].kl_nats, rel=0.2)
+    assert 0.5 < levels[-1].mean_greedy < levels[0].mean_greedy < 1
+    assert 0.5 < levels[-1].mean_sampled < levels[0].mean_sampled < 1
+
+
 def test_an_interrupted_run_goes_on_and_comes_to_the_same(tiny_model, settings, finished, tmp_path):
     class InterruptedRunError(Exception):
         pass
 
     out = tmp_path / "out"
-    for stage, share in (("rounding", 2 / 3), ("sensitivity, measured", 0.5), ("probe", 0.5)):
+    for stage, share in (("rounding", 2 / 3), ("sensitivity, measured", 0.5), ("probe", 0.5),
+        ("drafts", 0.5)):  # fmt: skip
 
         def interrupt(name, done, stage=stage, share=share):
             if name == stage and done >= share:
@@ -109,6 +125,8 @@ def test_an_interrupted_run_goes_on_and_comes_to_the_same(tiny_model, settings, 
         advance=lambda name, _: reported.append(name),
     )  # fmt: skip
     assert "sensitivity, estimated" not in reported
+    assert "probe" not in reported  # a work folder without drafts measures only them
+    assert "drafts" in reported
     assert record == finished[1]
     assert weights_of(out) == weights_of(finished[0])
 

@@ -7,8 +7,8 @@ ignored, so that a newer minor version can be read.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -111,21 +111,55 @@ class NeedRecord(_Part):
     decay: float = 0.5
 
 
-class DraftLevelRecord(_Part):
-    """(placeholder until merged)"""
+Share = Annotated[float, Field(ge=0, le=1)]
 
-    steps: int
+
+class DraftLevelRecord(_Part):
+    """How tokens that one level drafts fare when the best level verifies them, by the entropy of
+    the draft's logits.
+
+    steps: down the ladder. kl_nats: KL(best || draft) in nats per token. By bins of entropy: share
+    of the tokens in it; greedy, of the draft's most likely tokens the share that are the best
+    level's as well; sampled, of the tokens drawn from the draft at temperature 1 the share that
+    rejection sampling keeps, the mean of sum_v min(p_best(v), p_draft(v)). greedy and sampled are
+    smoothed over neighbouring bins, so that empty ones have a value too. mean_greedy, mean_sampled:
+    over all tokens.
+    """
+
+    steps: int = Field(ge=0)
     kl_nats: float
-    mean_greedy: float
-    mean_sampled: float
-    share: tuple[float, ...]
-    greedy: tuple[float, ...]
-    sampled: tuple[float, ...]
+    mean_greedy: Share
+    mean_sampled: Share
+    share: tuple[Share, ...] = Field(min_length=1)
+    greedy: tuple[Share, ...]
+    sampled: tuple[Share, ...]
+
+    @model_validator(mode="after")
+    def _same_bins(self) -> DraftLevelRecord:
+        if not len(self.share) == len(self.greedy) == len(self.sampled):
+            raise ValueError(
+                f"share, greedy and sampled must have as many bins, not {len(self.share)}, "
+                f"{len(self.greedy)} and {len(self.sampled)}"
+            )
+        return self
 
 
 class DraftsRecord(_Part):
+    """How some levels do as drafts for the best one, best first.
+
+    bin_nats: width of the bins of the draft's entropy, the last one open. Levels of a pruned
+    checkpoint were measured against the best level of the whole ladder.
+    """
+
     bin_nats: float = Field(gt=0)
     levels: tuple[DraftLevelRecord, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _down_the_ladder(self) -> DraftsRecord:
+        steps = [level.steps for level in self.levels]
+        if steps != sorted(set(steps)):
+            raise ValueError(f"the levels' steps must ascend, not be {steps}")
+        return self
 
 
 class CalibrationRecord(_Part):
@@ -145,11 +179,20 @@ class CalibrationRecord(_Part):
     drafts: DraftsRecord | None = None
 
     @model_validator(mode="after")
-    def _units_exist(self) -> CalibrationRecord:
+    def _units_and_levels_exist(self) -> CalibrationRecord:
         steps = self.ladder.steps if self.ladder else ()
         if wrong := [step.unit for step in steps if step.unit >= len(self.units)]:
             raise ValueError(f"the ladder names unit {wrong[0]} of {len(self.units)}")
+        last = self.drafts.levels[-1].steps if self.drafts else 0
+        if last > len(steps):
+            raise ValueError(f"drafts name a level {last} steps down a ladder of {len(steps)}")
         return self
+
+    def draft_levels(self) -> Iterator[tuple[DraftLevelRecord, int, float]]:
+        """What is known of drafts, each with its level and that one's mean bits, cheapest first."""
+        rungs = self.ladder.rungs if self.ladder else ()
+        for draft in reversed(self.drafts.levels if self.drafts else ()):
+            yield draft, len(rungs) - 1 - draft.steps, rungs[draft.steps].mean_bits
 
     def widths_after(self, steps: int) -> dict[str, int]:
         """Width of each unit, by name, after so many steps down the ladder."""

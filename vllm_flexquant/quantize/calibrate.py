@@ -24,6 +24,7 @@ from vllm_flexquant.format.checkpoint import OUTPUT_LAYER, hash_file
 from vllm_flexquant.format.layout import ScaleMode
 from vllm_flexquant.format.record import (
     CalibrationRecord,
+    DraftsRecord,
     LadderRecord,
     RungRecord,
     StepRecord,
@@ -31,6 +32,7 @@ from vllm_flexquant.format.record import (
 )
 from vllm_flexquant.quantize import (
     calibration,
+    drafts,
     evaluate,
     parallel,
     search,
@@ -67,6 +69,10 @@ Search = Literal["greedy", "tree"]
 ESTIMATE_SHARE, SAMPLE_SHARE, RUNG_SHARE = 0.5, 0.25, 0.5
 """Share of the held-back sequences on which sensitivities are estimated, a sample of them measured,
 and rungs measured: what is measured for many choices makes do with less text."""
+
+DRAFT_SHARE = 0.5
+"""Share of the held-back sequences on which levels are measured as drafts: about 8,000 tokens of
+the built-in text, on which an acceptance of 0.8 has a standard error below 0.005."""
 
 
 @dataclass(frozen=True)
@@ -291,6 +297,7 @@ class _Run:
             probe=found.probe if found else None,
             need=found.need if found else None,
             int8_activations=found.int8_activations if found else None,
+            drafts=self._drafts(steps, rungs),
         )
 
     def _round_output(self) -> None:
@@ -440,3 +447,25 @@ class _Run:
                 ).dump()
             self.work.write_json("signals", stored)
         return signals.Signals.load(stored)
+
+    def _drafts(
+        self, steps: Sequence[search.Step], rungs: Sequence[RungRecord]
+    ) -> DraftsRecord | None:
+        levels = drafts.draft_levels(rungs)
+        if not levels:
+            return None
+        stored = self.work.read_json("drafts")
+        if stored is None:
+            every = self._widths_after(steps)
+            with self.stage("drafts") as report:
+                found = drafts.measure_drafts(
+                    self.nested,
+                    self.workers,
+                    self._held_back(DRAFT_SHARE),
+                    every[0],
+                    {n: every[n] for n in levels},
+                    report,
+                )
+            stored = found.model_dump(mode="json")
+            self.work.write_json("drafts", stored)
+        return DraftsRecord.model_validate(stored)
