@@ -98,6 +98,22 @@ def test_the_rest_of_the_record_stays(calibrated):
     assert prune_record(record.model_copy(update={"probe": within}), 6.0).probe == within
 
 
+def test_drafts_that_are_left_keep_their_level(calibrated):
+    _, record = calibrated
+    pruned = prune_record(record, 6.0)
+    best = pruned.ladder.rungs[0].mean_bits
+    before = {level: (draft, bits) for draft, level, bits in record.draft_levels()}
+    after = {level: (draft, bits) for draft, level, bits in pruned.draft_levels()}
+    assert 0 < len(after) < len(before)
+    assert after.keys() == {level for level, (_, bits) in before.items() if bits < best}
+    for level, (draft, bits) in after.items():
+        assert bits == before[level][1]
+        assert draft == before[level][0].model_copy(update={"steps": draft.steps})
+    # the new best level is no draft, and so may none be left
+    assert prune_record(record, 4.0).drafts is None
+    assert prune_record(record.model_copy(update={"drafts": None}), 6.0).drafts is None
+
+
 def test_widths_to_keep(tiny_model, tiny_text, tmp_path):
     out = tmp_path / "out"
     settings = CalibrationOptions(

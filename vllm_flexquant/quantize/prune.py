@@ -24,6 +24,7 @@ from vllm_flexquant.format.checkpoint import (
 from vllm_flexquant.format.layout import ScaleMode
 from vllm_flexquant.format.record import (
     CalibrationRecord,
+    DraftsRecord,
     ProbeRecord,
     UnitRecord,
     read_calibration,
@@ -87,7 +88,8 @@ def prune_checkpoint(
 def prune_record(record: CalibrationRecord, top_bits: float) -> CalibrationRecord:
     """`record` of a ladder that begins at the best level of at most `top_bits` mean bits.
 
-    The probe stays: its score is relative, whatever the level.
+    The probe stays: its score is relative, whatever the level. What is known of drafts stays as it
+    was measured, against the best level before.
 
     Raises:
         ValueError: the best level is within `top_bits`, or the cheapest is not.
@@ -121,6 +123,7 @@ def prune_record(record: CalibrationRecord, top_bits: float) -> CalibrationRecor
                 }
             ),
             "probe": record.probe and _pruned_probe(record.probe, len(rungs) - first),
+            "drafts": record.drafts and _pruned_drafts(record.drafts, first),
         }
     )
 
@@ -128,6 +131,15 @@ def prune_record(record: CalibrationRecord, top_bits: float) -> CalibrationRecor
 def _pruned_probe(probe: ProbeRecord, levels: int) -> ProbeRecord:
     kept = probe.levels is not None and max(probe.levels) < levels
     return probe if kept else probe.model_copy(update={"levels": None})
+
+
+def _pruned_drafts(drafts: DraftsRecord, first: int) -> DraftsRecord | None:
+    kept = tuple(
+        level.model_copy(update={"steps": level.steps - first})
+        for level in drafts.levels
+        if level.steps > first  # the new best level is no draft for itself
+    )
+    return drafts.model_copy(update={"levels": kept}) if kept else None
 
 
 def _pruned_unit(unit: UnitRecord, highest: int) -> UnitRecord:
