@@ -59,6 +59,8 @@ def test_the_checkpoint_holds_what_was_found(finished):
     card = (out / "README.md").read_text()
     assert f"| uniform 4 bit | 4 | | | {record.uniform_kl[4][0]:.5f} |" in card
     assert card.count("| level ") == 5
+    cheapest = record.drafts.levels[-1]
+    assert f"| 0 | 4.00 | {cheapest.kl_nats:.5f} | {cheapest.mean_greedy:.3f} |" in card
     for name in ("kl.png", "sensitivity.png", "storage.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
         assert f"]({name})" in card
@@ -248,6 +250,7 @@ def test_inspect_prints_it(finished):
     assert result.exit_code == 0, result.output
     assert "nested GPTQ" in result.output
     assert f"{record.uniform_kl[4][0]:.4f}" in result.output
+    assert f"{record.drafts.levels[-1].mean_greedy:.3f}" in result.output
     assert "27 levels by greedy search, least KL for bytes read saved" in result.output
     assert "a static checkpoint for each level would take" in result.output
     as_json = CliRunner().invoke(app, ["inspect", str(out), "--json"])

@@ -141,6 +141,13 @@ def describe(record: CalibrationRecord) -> Iterator[str]:
     if record.int8_activations:
         kl, error = record.int8_activations
         yield f"int8 activations of the CPU kernels add a KL of {kl:.4f} ± {error:.4f}"
+    if record.drafts:
+        yield "as drafts for the best level: the share of greedy and of drawn tokens that it keeps"
+        for draft, level, bits in record.draft_levels():
+            yield (
+                f"{f'level {level}':14}{bits:9.2f} bits, KL {draft.kl_nats:.4f}: "
+                f"{draft.mean_greedy:.3f} {draft.mean_sampled:.3f}"
+            )
     yield f"{len(record.units)} units, {total / 1e6:.1f} M weights"
 
 

@@ -94,5 +94,20 @@ def _lines(source: str, layout: str, record: CalibrationRecord) -> Iterator[str]
                 f"| {rung.bytes_read / 1e6:.1f} | {rung.bytes_stored / 1e6:.1f} "
                 f"| {rung.kl_nats:.5f} | {rung.error:.5f} |"
             )
+    if record.drafts:
+        yield ""
+        yield (
+            "Levels as drafts for the best one (self-speculation): the share of their most likely "
+            "tokens, and of tokens drawn at temperature 1, that it keeps. The same by the draft's "
+            "entropy is in `flexquant.json`."
+        )
+        yield ""
+        yield "| drafting level | mean bits | KL of the best level to it | greedy | drawn |"
+        yield "|---|---|---|---|---|"
+        for draft, level, bits in record.draft_levels():
+            yield (
+                f"| {level} | {bits:.2f} | {draft.kl_nats:.5f} | {draft.mean_greedy:.3f} "
+                f"| {draft.mean_sampled:.3f} |"
+            )
     yield ""
     yield "Sensitivities, the whole ladder and the probe are in `flexquant.json`."
