@@ -14,6 +14,13 @@ The only place that patches vLLM. The ledger of patches:
     Why: the option `speculate` stands for a `--speculative-config` whose draft model is the served
     one, and vLLM derives the scheduler's look-ahead from it early. How: wrapped; fills that in when
     the method is flexquant and the option is set. Can go with the patch above.
+
+`vllm.v1.sample.rejection_sampler.expand_batch_to_tokens`, on CPUs
+    Why: in vLLM 0.32 what stands in for its Triton kernel there works on a copy and drops it
+    (`_expand_kernel_impl` in `utils/cpu_triton_utils.py`), so temperature, top-k and top-p of
+    drafted rows are whatever was in memory. How: replaced by torch operations, in workers that
+    speculate. Upstream: not reported yet. Can go once `top_k` beside drafts is right without it;
+    a test says so.
 """
 
 from __future__ import annotations
@@ -26,6 +33,7 @@ from vllm_flexquant import __version__
 from vllm_flexquant.config import FORMAT_OPTIONS, METHOD, options_from_environment
 
 if TYPE_CHECKING:
+    import torch
     from vllm.config import ModelConfig, SpeculativeConfig, VllmConfig
 
 ADDITIONAL = f"--additional-config {METHOD}"
@@ -156,3 +164,27 @@ def prepare_engine_config(config: VllmConfig) -> None:
 
     if config.device_config.device_type == "cpu":
         ops.load_native()  # once here, so that workers find the kernels built
+
+
+def mend_rejection_sampler() -> None:
+    """Give drafted rows the sampling parameters of their requests (CPU). Idempotent."""
+    from vllm.v1.sample import rejection_sampler
+
+    rejection_sampler.expand_batch_to_tokens = _expanded
+
+
+def _expanded(
+    x: torch.Tensor,
+    cu_num_tokens: torch.Tensor,
+    num_tokens: int,
+    replace_from: int = 0,
+    replace_to: int = 0,
+) -> torch.Tensor:
+    """[num_tokens] of x [requests], each as often as it has drafts; as vLLM's.
+
+    Args:
+        cu_num_tokens: [requests], drafts up to and with each request.
+    """
+    counts = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1))
+    values = x if replace_from == replace_to else x.masked_fill(x == replace_from, replace_to)
+    return values.repeat_interleave(counts, output_size=num_tokens)

@@ -4,6 +4,7 @@
 import json
 
 import pytest
+import torch
 import workers
 from conftest import running_engine
 from models import pin, tokens
@@ -55,8 +56,6 @@ def prompts():
 
 def both(llm, prompts, params):
     """Answers of plain steps, and of drafts that are verified."""
-    from vllm.sampling_params import RequestOutputKind  # noqa: F401 - vLLM is imported late
-
     pin(llm, **PLAIN)
     plain = llm.generate(prompts, params)
     before = speculation(llm)
@@ -82,24 +81,25 @@ def test_greedy_answers_are_those_of_plain_steps(engine, greedy):
     """With preemption, prompts in chunks and cached prefixes; all 200 prompts are in
     `benchmarks.serving.speculation`."""
     asked = prompts()
-    plain, drafted = both(engine, asked, greedy(48, ignore_eos=True, logprobs=2))
+    plain, drafted = both(engine, asked, greedy(32, ignore_eos=True, logprobs=2))
     assert all(map(differ_by_noise, plain, drafted))
     assert tokens(plain)[6:] == tokens(drafted)[6:]
     counts = speculation(engine)
     assert counts["accepted"][0] > 0.6 * counts["drafted"][0]
     assert len(counts["drafted"]) == 4
     # a prefix whose blocks drafts have written to is read again
-    again = engine.generate(asked, greedy(48, ignore_eos=True, logprobs=2))
+    again = engine.generate(asked, greedy(32, ignore_eos=True, logprobs=2))
     assert all(map(differ_by_noise, plain, again))
 
 
 def test_sequences_that_preempt_each_other_lose_nothing(engine, greedy):
     counted = {m.name: m.value for m in engine.get_metrics() if hasattr(m, "value")}
-    asked = [p * 2 for p in prompts()[:6]]
-    plain, drafted = both(engine, asked, greedy(250, ignore_eos=True, logprobs=2))
+    text = TEXT.read_text(encoding="utf-8")
+    asked = [text[i * 1200 : (i + 1) * 1200] for i in range(5)]
+    plain, drafted = both(engine, asked, greedy(100, ignore_eos=True, logprobs=2))
     after = {m.name: m.value for m in engine.get_metrics() if hasattr(m, "value")}
     assert after["vllm:num_preemptions"] > counted["vllm:num_preemptions"]
-    assert [len(t) for t in tokens(drafted)] == [250] * 6
+    assert [len(t) for t in tokens(drafted)] == [100] * 5
     assert all(map(differ_by_noise, plain, drafted))
 
 
@@ -147,13 +147,12 @@ def test_an_aborted_request_leaves_the_others_as_they_are(engine, greedy):
 
 
 def test_sampled_answers_have_the_distribution_of_plain_steps(engine):
-    """The second and third token of many answers, of four candidates each, by a chi-square test of
+    """The second and third token of many answers, of three candidates each, by a chi-square test of
     homogeneity; the rejection sampler is vLLM's."""
-    from scipy.stats import chi2_contingency
     from vllm import SamplingParams
 
     params = SamplingParams(
-        n=200, temperature=1.0, top_k=3, max_tokens=3, detokenize=False, ignore_eos=True
+        n=160, temperature=1.0, top_k=3, max_tokens=3, detokenize=False, ignore_eos=True
     )
     plain, drafted = both(engine, ["The colour of the"], params)
     seen = {}
@@ -164,7 +163,11 @@ def test_sampled_answers_have_the_distribution_of_plain_steps(engine):
     rows = [c for c, is_rare in zip(seen.values(), rare, strict=True) if not is_rare]
     rows.append([sum(c[i] for c, r in zip(seen.values(), rare, strict=True) if r) for i in (0, 1)])
     assert len(rows) > 4
-    assert chi2_contingency([row for row in rows if sum(row)]).pvalue > 1e-3
+    found = torch.tensor([row for row in rows if sum(row)], dtype=torch.float64)
+    expected = found.sum(1, keepdim=True) * found.sum(0) / found.sum()
+    statistic = ((found - expected) ** 2 / expected).sum()
+    chance = torch.special.gammaincc(torch.tensor((len(found) - 1) / 2), statistic / 2)
+    assert chance > 1e-3, found
 
 
 def test_the_draft_is_the_target(engine):
@@ -191,7 +194,7 @@ def test_policies_and_metrics_go_on(engine, greedy):
     found = engine.collective_rpc("flexquant_metrics")[0]
     assert 1 < found["gauges"]["accepted_length"] <= 5
     assert found["counters"]["speculated_steps"] > 0
-    assert 0 < found["counters"]["draft_seconds"]
+    assert found["counters"]["draft_seconds"] > 0
     assert found["gauges"]["draft_mean_bits"] == pytest.approx(4)
     drafts = engine.collective_rpc("flexquant_drafts_trace")[0]
     assert all(len(draft["nats"]) >= draft["kept"] for draft in drafts)
@@ -220,4 +223,4 @@ def test_gain_decides_by_itself(engine, greedy):
     table = {row["sequences"]: row for row in speculation(engine)["cost_table"]}
     assert table[1]["speedup"] > 0
     assert table[1]["on"] == (table[1]["speedup"] > 1 / 0.99)
-    assert 0 < table[1]["draft_seconds"]
+    assert table[1]["draft_seconds"] > 0

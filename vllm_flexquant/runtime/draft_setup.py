@@ -136,8 +136,11 @@ def put_drafter(runner: Any, vllm_config: VllmConfig) -> None:
             f"{METHOD}: self-speculation knows the V1 model runner of vLLM 0.31 to 0.33, and that "
             f"of {__version__} has no {missing[0]}; drop speculation or use another version"
         )
+    from vllm_flexquant import plugin
     from vllm_flexquant.runtime.drafter import SelfDrafter
 
+    if runner.device.type == "cpu":
+        plugin.mend_rejection_sampler()
     runner.drafter = SelfDrafter(vllm_config, runner.device, runner)
 
 

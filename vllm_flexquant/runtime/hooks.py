@@ -75,9 +75,11 @@ def _install_v1(runner: Any, controller: Controller) -> None:
 
     @wraps(sample)
     def watched_sample(logits: Any, spec_decode_metadata: Any) -> Any:
-        if spec_decode_metadata is None:
+        if spec_decode_metadata is None or not any(spec_decode_metadata.num_draft_tokens):
             controller.after_logits(logits)  # which sampling changes in place
-            return sample(logits, spec_decode_metadata)
+            # vLLM 0.32 takes steps without drafts through the rejection sampler too, which takes
+            # longer and fails on a CPU where requests have top_k: it looks for the largest of none
+            return sample(logits, None)
         output = sample(logits, spec_decode_metadata)
         controller.after_logits(logits[_last_kept(output.sampled_token_ids, spec_decode_metadata)])
         return output

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 _UNCALIBRATED_BITS = 4.0
 """Mean bits of drafts where nobody measured which level drafts best."""
 
+_RARE = 0.002
+"""Share of the calibration's tokens below which a bin of entropy tells nothing."""
+
 _CHEAPER = 0.95
 """Bits that a draft reads over those of the step that verifies, above which it is not worth it."""
 
@@ -144,8 +147,8 @@ class SelfSpeculation:
         wanted = top - self.level
         near = min(record.levels, key=lambda found: abs(found.steps - wanted))
         return (
-            Acceptance(near.greedy, record.bin_nats, near.mean_greedy),
-            Acceptance(near.sampled, record.bin_nats, near.mean_sampled),
+            Acceptance(_where_seen(near.greedy, near.share), record.bin_nats, near.mean_greedy),
+            Acceptance(_where_seen(near.sampled, near.share), record.bin_nats, near.mean_sampled),
         )
 
     def _cost(self, widths: Array) -> float:
@@ -316,3 +319,11 @@ class SelfSpeculation:
             "draft_seconds": counts.draft_seconds,
             "verify_seconds": counts.verify_seconds,
         }
+
+
+def _where_seen(chances: Sequence[float], share: Sequence[float]) -> list[float]:
+    """Chances by bin, those of bins with too few tokens as in the bin before."""
+    found: list[float] = []
+    for chance, seen in zip(chances, share, strict=True):
+        found.append(chance if seen > _RARE or not found else found[-1])
+    return found
