@@ -152,9 +152,11 @@ def prepare_engine_config(config: VllmConfig) -> None:
             "flexquant: a pooling model has no next token, so no entropies are seen and policy "
             "entropy stays at the best level"
         )
-    elif speculates:
-        logger.info("flexquant: the model drafts for itself, at a cheap level of its planes")
-    elif config.speculative_config is not None and not config.use_v2_model_runner:
+    elif (
+        config.speculative_config is not None
+        and not config.use_v2_model_runner
+        and not speculates  # our drafter sees the logits itself
+    ):
         logger.warning(
             "flexquant: vLLM's V1 model runner allows no logits processor beside speculative "
             "decoding, so entropies are not seen and policy entropy stays at the best level"

@@ -14,6 +14,23 @@ from vllm_flexquant.quantize.prune import prune_checkpoint
 from vllm_flexquant.runtime.replay import replay
 
 
+def ranks_draft_the_same(llm, greedy_tokens):
+    """Answers are those of plain steps, and both ranks drafted and kept as many."""
+    pin(llm, speculate=0, width=8)
+    plain = tokens(llm.generate(PROMPTS, greedy_tokens))
+    pin(llm, speculate=3, draft_gate="fixed")
+    drafted = tokens(llm.generate(PROMPTS, greedy_tokens))
+    first, second = (s["speculation"] for s in llm.collective_rpc("flexquant_status"))
+    assert drafted == plain
+    assert first["drafted"][0] > 0
+    assert (first["drafted"], first["accepted"]) == (second["drafted"], second["accepted"])
+    # with clocks of their own they go by costs that are the same
+    pin(llm, draft_gate="gain")
+    assert tokens(llm.generate(PROMPTS, greedy_tokens)) == plain
+    assert not any(s["speculation"]["cost_table"] for s in llm.collective_rpc("flexquant_status"))
+    pin(llm, speculate=0)
+
+
 def exact_beside_others_is_as_if_pinned(llm, record):
     """Also: both ranks decide the same, by the scores of each step, as a replay does."""
     from vllm import SamplingParams
@@ -74,7 +91,13 @@ def test_a_calibrated_checkpoint_brings_its_ladder_to_all_ranks(
 ):
     folder, record = calibrated
     rungs = record.ladder.rungs[::-1]
-    with running_engine(folder, max_model_len=256, tensor_parallel_size=2) as llm:
+    with running_engine(
+        folder,
+        max_model_len=256,
+        tensor_parallel_size=2,
+        additional_config={"flexquant": {"policy": "budget", "speculate": 3}},
+    ) as llm:
+        pin(llm, speculate=0)
         for status in llm.collective_rpc("flexquant_status"):
             assert status["ladder"]["source"] == "KL on text.txt (greedy)"
             assert status["ladder"]["kl_nats"] == [rung.kl_nats for rung in rungs]
@@ -82,6 +105,7 @@ def test_a_calibrated_checkpoint_brings_its_ladder_to_all_ranks(
             assert status["options"]["policy"] == "budget"
             assert status["budget"]["probe"] == record.probe.layer
         exact_beside_others_is_as_if_pinned(llm, record)
+        ranks_draft_the_same(llm, greedy_tokens)
         level = len(rungs) // 2
         pin(llm, level=level)
         llm.generate(PROMPTS, greedy_tokens)

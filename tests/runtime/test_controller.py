@@ -1,53 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
+from by_hand import LAYERS, batch, controller, widths
 
 from flexquant_kernels import reference
-from vllm_flexquant.config import FlexQuantOptions
 from vllm_flexquant.format import PlaneLayout
-from vllm_flexquant.runtime.batch import Batch
-from vllm_flexquant.runtime.controller import Controller
-from vllm_flexquant.runtime.table import LayerRecord, WeightError
-
-LAYERS = 5
-
-
-def controller(tops=(8,) * LAYERS, **options):
-    made = Controller(FlexQuantOptions(**options))
-    made.allocate(torch.device("cpu"), slots=8)
-    layout = made.options.layout
-    for i in range(LAYERS):
-        index, _ = made.table.reserve()
-        kept = tuple(w for w in layout.widths if w <= tops[i])
-        errors = {w: (kept[-1] - w) * (i + 1.0) for w in kept}
-        made.table.describe(
-            index,
-            LayerRecord(
-                f"layer{i}",
-                32,
-                64,
-                64,
-                layout,
-                kept,
-                "reference",
-                "test",
-                WeightError(2048, 1.0, errors),
-            ),
-        )
-    made.start()
-    return made
-
-
-def batch(ids="a", prompt=None, discarded=None):
-    n = len(ids)
-    return Batch(
-        list(ids),
-        [ord(i) - ord("a") for i in ids],
-        prompt or [False] * n,
-        discarded or [False] * n,
-        list(range(n)),
-        [0] * n,
-    )
 
 
 def step_with_floors(made, ids, floors):
@@ -62,10 +19,6 @@ def logits(*temperatures):
     """Rows whose entropy grows with the temperature."""
     row = torch.linspace(0, 20, 50)
     return torch.stack([row / t for t in temperatures])
-
-
-def widths(made):
-    return made.table.widths.tolist()
 
 
 def test_a_pruned_layer_never_runs_above_what_it_has():

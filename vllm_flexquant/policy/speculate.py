@@ -108,7 +108,8 @@ class Acceptance:
 
     def _bin(self, nats: float) -> int:
         # not a number: no distribution, nothing is sure
-        return min(int(nats / self._bin_nats), len(self._seen) - 1) if nats >= 0 else -1
+        last = len(self._seen) - 1
+        return int(min(nats / self._bin_nats, last)) if nats >= 0 else last
 
     def of(self, nats: float) -> float:
         """Of a draft whose logits have this entropy."""
@@ -294,6 +295,7 @@ class Speculation:
                 "on": times.on,
             }
             for bucket, times in sorted(self.times.items())
+            if times.plain.count or times.drafted.count
         ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 from vllm_flexquant.config import METHOD, FlexQuantOptions
@@ -120,6 +121,22 @@ def check_engine(config: VllmConfig) -> None:
     for stands, why, remedy in reasons:
         if stands:
             raise ValueError(f"{METHOD}: self-speculation {why}; {remedy}, or drop speculation")
+
+
+def without_processor(vllm_config: VllmConfig) -> VllmConfig:
+    """The configuration for a worker: ours is not among its logits processors.
+
+    The front end checks requests by it; in a worker vLLM's V1 runner refuses any beside
+    speculation.
+    """
+    from vllm_flexquant.runtime import logits_processor
+
+    model = copy(vllm_config.model_config)
+    named = model.logits_processors or ()
+    model.logits_processors = [name for name in named if name != logits_processor.NAME] or None
+    changed = copy(vllm_config)
+    changed.model_config = model
+    return changed
 
 
 def put_drafter(runner: Any, vllm_config: VllmConfig) -> None:

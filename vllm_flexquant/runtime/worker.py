@@ -41,6 +41,8 @@ class FlexWorkerMixin:
         return self.vllm_config.quant_config
 
     def init_device(self) -> None:
+        if speculates := draft_setup.drafts_itself(self.vllm_config):
+            self.vllm_config = draft_setup.without_processor(self.vllm_config)
         super().init_device()  # type: ignore[misc]
         if self.device.type == "cpu" and torch.cpu._is_amx_tile_supported():
             # Linux wants to be asked before a process uses AMX tiles. vLLM's CPU attention (0.32)
@@ -52,7 +54,7 @@ class FlexWorkerMixin:
         self._config.controller.allocate(
             self.device, scheduler.max_num_seqs, scheduler.max_num_batched_tokens
         )
-        if draft_setup.drafts_itself(self.vllm_config):
+        if speculates:
             draft_setup.put_drafter(self.model_runner, self.vllm_config)
 
     def load_model(self, **kwargs: Any) -> None:
