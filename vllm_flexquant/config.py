@@ -121,7 +121,7 @@ class FlexQuantOptions(BaseModel):
     policy: Policy = Field(
         "auto",
         description="budget, entropy, progressive, load, static or manual; auto: budget for a "
-        "calibrated checkpoint, else entropy",
+        "calibrated checkpoint, else entropy; all bits beside speculation",
     )
     budget: Nats = Field(
         0.02, description="mean KL per token under policy budget, nats; classes may have their own"
