@@ -33,6 +33,8 @@ def positions(steps: Sequence[Mapping[str, Any]], first: int = 1) -> list[int]:
 def plot_answer(axes: Any, steps: Sequence[Mapping[str, Any]], name: str) -> None:
     """Drafts that were kept and rejected above, their entropies below, along one answer."""
     above, below = axes
+    if not any(step["nats"] for step in steps):
+        above.text(0.5, 0.5, "no step drafted", ha="center", transform=above.transAxes)
     starts = positions(steps)
     kept = np.array([step["kept"] for step in steps])
     drafted = np.array([len(step["nats"]) for step in steps])
@@ -44,7 +46,8 @@ def plot_answer(axes: Any, steps: Sequence[Mapping[str, Any]], name: str) -> Non
     above.set_ylabel("tokens drafted")
     above.yaxis.get_major_locator().set_params(integer=True)
     above.set_title(f"gate {name}")
-    above.legend(frameon=False, fontsize=8)
+    above.margins(y=0.25)
+    above.legend(frameon=False, fontsize=8, loc="upper right", ncols=2)
     every = [
         (start + i, nats, i < step["kept"])
         for start, step in zip(starts, steps, strict=True)
