@@ -181,7 +181,8 @@ class FlexQuantOptions(BaseModel):
     draft_gate: Gate = Field(
         "gain",
         description="what ends a draft: gain, what it is expected to gain by its entropies and the "
-        "times measured; entropy, one above draft_entropy; fixed, only its length",
+        "times measured; entropy, one above draft_entropy; fixed, only its length. With fixed "
+        "drafts are never off",
     )
     draft_entropy: float = Field(
         1.5,
@@ -325,7 +326,8 @@ def options_from_environment() -> FlexQuantOptions:
 class PolicyUpdate(BaseModel):
     """What `POST /v1/flexquant` may change; a field that is absent stays as it is.
 
-    `width` or `level` without `policy` selects `manual`. `target_ms: null` takes the target away.
+    `width` or `level` without `policy` selects `manual`. `target_ms: null` takes the target away,
+    and null for `draft_level` or `draft_width` goes back to the level by calibration.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -390,7 +392,7 @@ class PolicyUpdate(BaseModel):
             changes.setdefault("level", None)
         elif changes.get("policy", "manual") not in PINNED:
             changes |= {"width": None, "level": None}
-        if "draft_level" in changes or "draft_width" in changes:
+        if self.model_fields_set & {"draft_level", "draft_width"}:
             changes.setdefault("draft_level", None)
             changes.setdefault("draft_width", None)
         return options.updated(changes, "request")

@@ -19,8 +19,8 @@ The only place that patches vLLM. The ledger of patches:
     Why: in vLLM 0.32 what stands in for its Triton kernel there works on a copy and drops it
     (`_expand_kernel_impl` in `utils/cpu_triton_utils.py`), so temperature, top-k and top-p of
     drafted rows are whatever was in memory. How: replaced by torch operations, in workers that
-    speculate. Upstream: not reported yet. Can go once `top_k` beside drafts is right without it;
-    a test says so.
+    speculate. Upstream: vllm-project/vllm#55005 and #55006. Can go once `top_k` beside drafts is
+    right without it; a test says so.
 """
 
 from __future__ import annotations

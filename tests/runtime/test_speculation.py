@@ -122,6 +122,22 @@ def test_a_change_of_level_forgets_what_was_measured_of_the_other():
     assert speculation.mean_bits == pytest.approx(4)
 
 
+def test_null_goes_back_to_the_level_by_calibration():
+    made, speculation = speculating(draft_width=6)
+    made.update({"draft_width": None})
+    assert made.options.draft_width is None
+    assert speculation.level == 0
+
+
+def test_another_gate_is_measured_by_itself():
+    made, speculation = speculating()
+    speculation.control.book_step(1, 0, 1, 0.03)
+    speculation.control.book_step(1, 4, 2, 0.03, 0.09)
+    made.update({"draft_gate": "gain"})
+    times = speculation.control.times[0]
+    assert (times.plain.count, times.drafted.count) == (1, 0)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

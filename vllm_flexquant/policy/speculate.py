@@ -21,11 +21,11 @@ from typing import Any
 
 from vllm_flexquant.config import Gate
 
-_FIRST_PLAIN, _FIRST_DRAFTED = 4, 8
+_FIRST_PLAIN, _FIRST_DRAFTED = 8, 8
 """Steps of each kind that are measured before the first choice between them."""
 
 _AGAIN_PLAIN, _AGAIN_DRAFTED = 128, 400
-_BURST_PLAIN, _BURST_DRAFTED = 2, 4
+_BURST_PLAIN, _BURST_DRAFTED = 4, 4
 """After so many steps of the better kind, so many of the other are measured again."""
 
 _FORGET = 0.95
@@ -229,6 +229,11 @@ class Speculation:
         return self.greedy if greedy else self.sampled
 
     # ---- what was measured
+
+    def forget_gains(self) -> None:
+        """Drafts will be made otherwise from now on: what they gained is to be measured again."""
+        for times in self.times.values():
+            times.drafted = PerToken()
 
     def book_draft(self, sequences: int, seconds: float) -> None:
         """One forward pass drafted for the sequences of a batch."""

@@ -108,8 +108,10 @@ class SelfSpeculation:
                 "higher width, give a lower draft_level, or set speculate to 0"
             )
         control = self.control
-        control.most, control.gate = options.speculate, options.draft_gate
-        control.threshold = options.draft_entropy
+        ways = (options.speculate, options.draft_gate, options.draft_entropy)
+        if ways != (control.most, control.gate, control.threshold):
+            control.most, control.gate, control.threshold = ways
+            control.forget_gains()
         self.level, self.widths, self.mean_bits = level, widths, bits
         control.draft_cost = self._cost(widths)
         if self._drafts_at != (asked := (options.draft_level, options.draft_width)):
@@ -302,6 +304,7 @@ class SelfSpeculation:
         """What `/metrics` shows as it is now."""
         found: dict[str, float] = {
             "draft_mean_bits": self.mean_bits,
+            **({} if self.level is None else {"draft_level": self.level}),
             "speculation_on": float(any(self._drafts.values())),
         }
         if self.counts.verified:

@@ -34,6 +34,7 @@ GAUGES = {
     "best_nats": "KL per token that the best level costs, by calibration.",
     "load_target_seconds": "Time per output token that load is kept to.",
     "load_met": "Share of the decode steps of late that kept it.",
+    "draft_level": "Level of the ladder at which drafts run.",
     "draft_mean_bits": "Mean width over all weights at which drafts run, in bits.",
     "speculation_on": "1 if the last step drafted.",
     "accepted_length": "Tokens that an answer gets of a step that verifies its drafts, mean.",
