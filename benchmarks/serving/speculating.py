@@ -83,8 +83,8 @@ class SpeculatingEngine(Engine):
         if not options.keys() & {"draft_level", "draft_width"}:
             options = self.usual | options
         control = self.speculation.control
-        # a change of level clears the table in place
-        control.times = dict(control.times)
+        # an update may forget what is in the table
+        control.times = {}
         if learned is not None and learned not in self._learned:
             # any other drafts: an update that changes nothing forgets nothing
             self.set_policy({"draft_width": self.controller.options.layout.widths[0]})
