@@ -9,6 +9,7 @@ standard error). The process ends with its input, or with the process that start
 core runs in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0) and computes on all cores it may use.
 
     {"do": "decode", "prompts": [[ids]], "tokens": n, "width": bits | null}
+    {"do": "answer", "prompts": [[ids]], "tokens": n, "temperature": t, "seed": n, "change": {}}
     {"do": "prefill", "prompt": [ids], "width": bits | null}
     {"do": "force", "run": name, "sequences": file, "reference": file, "record": file, "rows": n,
      "width": bits | null}
@@ -137,6 +138,50 @@ class Engine:
 
     # ---- commands
 
+    def answer(
+        self,
+        prompts: Sequence[Sequence[int]],
+        tokens: int,
+        temperature: float,
+        seed: int,
+        change: dict[str, Any],
+    ) -> dict[str, Any]:
+        """Answer prompts at a time, after a change of policy; steps may give several tokens.
+
+        Returns:
+            tokens of each answer; seconds from the first step in which all had begun to the end,
+            and how many tokens came in them.
+        """
+        from vllm import SamplingParams, TokensPrompt
+
+        if change:
+            self.set_policy(change)
+        engine, answers = self.llm.llm_engine, {}
+        for i, prompt in enumerate(prompts):
+            self._requests += 1
+            params = SamplingParams(
+                temperature=temperature,
+                seed=1 + seed + i if temperature else None,
+                max_tokens=tokens,
+                ignore_eos=True,
+                detokenize=False,
+            )
+            name = str(self._requests)
+            engine.add_request(name, TokensPrompt(prompt_token_ids=list(prompt)), params)
+            answers[name] = list[int]()
+        began, had = 0.0, 0
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                answers[output.request_id] = list(output.outputs[0].token_ids)
+            if not began and all(answers.values()):
+                began, had = time.perf_counter(), sum(map(len, answers.values()))
+        given = sum(map(len, answers.values())) - had
+        return {
+            "answers": list(answers.values()),
+            "seconds": time.perf_counter() - began,
+            "tokens": given,
+        }
+
     def decode(
         self, prompts: Sequence[Sequence[int]], tokens: int, width: int | None
     ) -> dict[str, Any]:
@@ -234,7 +279,8 @@ def serve(engine: Engine, commands: TextIO, answers: TextIO) -> None:
         answers.flush()
 
     handlers: dict[str, Callable[..., dict[str, Any]]] = {
-        name: getattr(engine, name) for name in ("decode", "prefill", "force", "profile")
+        name: getattr(engine, name)
+        for name in ("decode", "answer", "prefill", "force", "profile", "speculation")
     }
     say(engine.facts())
     for line in commands:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from vllm_flexquant.cli import app
+from vllm_flexquant.cli.quantize import describe
 from vllm_flexquant.config import FlexQuantOptions
 from vllm_flexquant.format.checkpoint import validate_checkpoint
 from vllm_flexquant.format.layout import PlaneLayout
@@ -102,6 +103,9 @@ def test_levels_of_the_ladder_are_measured_as_drafts(finished):
     assert levels[-1].kl_nats == pytest.approx(rungs[-1].kl_nats, rel=0.2)
     assert 0.5 < levels[-1].mean_greedy < levels[0].mean_greedy < 1
     assert 0.5 < levels[-1].mean_sampled < levels[0].mean_sampled < 1
+    lines = list(describe(record))
+    assert sum(line.startswith("level ") and "bits, KL" in line for line in lines) == 6
+    assert any("self-speculation with up to 4 drafts would take level" in line for line in lines)
 
 
 def test_an_interrupted_run_goes_on_and_comes_to_the_same(tiny_model, settings, finished, tmp_path):

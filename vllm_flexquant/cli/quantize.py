@@ -14,7 +14,8 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vllm_flexquant.config import FlexQuantOptions
-from vllm_flexquant.format.record import CalibrationRecord
+from vllm_flexquant.format.record import CalibrationRecord, LadderRecord
+from vllm_flexquant.policy.speculate import best_draft
 from vllm_flexquant.quantize.calibrate import CalibrationOptions, Search, calibrate_checkpoint
 from vllm_flexquant.quantize.calibration import BUILT_IN
 from vllm_flexquant.quantize.pipeline import quantize_checkpoint
@@ -105,6 +106,21 @@ def parse_widths(text: str) -> tuple[int, ...]:
     return tuple(sorted({int(part) for part in parts}))
 
 
+_DRAFTS = 4
+
+
+def _recommended(record: CalibrationRecord, ladder: LadderRecord) -> str:
+    """The draft that the engine would choose, in words."""
+    top = max(ladder.rungs[0].bytes_read, 1)
+    cost = [rung.bytes_read / top for rung in reversed(ladder.rungs)]
+    levels = [(level, draft.mean_greedy) for draft, level, _ in record.draft_levels()]
+    best = best_draft(levels, cost, _DRAFTS)
+    return (
+        f"self-speculation with up to {_DRAFTS} drafts would take level {best.level}: by bytes, "
+        f"{best.length} of them give one request {best.speedup:.2f} times the tokens per second"
+    )
+
+
 def describe(record: CalibrationRecord) -> Iterator[str]:
     """KL at uniform widths and along the ladder."""
     yield f"{'':14}{'KL nats':>9}{'error':>9}{'mean bits':>11}{'MB read':>9}{'MB stored':>11}"
@@ -148,6 +164,8 @@ def describe(record: CalibrationRecord) -> Iterator[str]:
                 f"{f'level {level}':14}{bits:9.2f} bits, KL {draft.kl_nats:.4f}: "
                 f"{draft.mean_greedy:.3f} {draft.mean_sampled:.3f}"
             )
+        if record.ladder:
+            yield _recommended(record, record.ladder)
     yield f"{len(record.units)} units, {total / 1e6:.1f} M weights"
 
 
