@@ -190,6 +190,10 @@ class Engine:
         list(self.steps(prompts, 4))
         return {"steps": list(self.steps(prompts, tokens))[1:]}
 
+    def drafts(self) -> dict[str, Any]:
+        """What the engine's status says of its drafts; empty where it does not speculate."""
+        return self.llm.collective_rpc("flexquant_status")[0]["speculation"] or {}
+
     def prefill(self, prompt: Sequence[int], width: int | None) -> dict[str, Any]:
         """Seconds from the request to its first token, three times after one that warms."""
         self.set_width(width)
@@ -280,7 +284,7 @@ def serve(engine: Engine, commands: TextIO, answers: TextIO) -> None:
 
     handlers: dict[str, Callable[..., dict[str, Any]]] = {
         name: getattr(engine, name)
-        for name in ("decode", "answer", "prefill", "force", "profile", "speculation")
+        for name in ("decode", "answer", "prefill", "force", "profile", "drafts")
     }
     say(engine.facts())
     for line in commands:

@@ -62,7 +62,7 @@ def main() -> None:
         }
         cells = list(cells_of(prompts, options.batches, options.temperatures))
         found = measure(engines, cells, options.rounds, options.tokens, {}, console)
-        results["speculation"] = engines[WITH].ask("speculation")
+        results["speculation"] = engines[WITH].ask("drafts")
         off = {"speculate": 0}
         left = measure(
             engines, cells[::2], max(options.rounds // 2, 2), options.tokens, off, console
