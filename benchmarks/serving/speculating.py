@@ -186,8 +186,11 @@ class SpeculatingEngine(Engine):
     def cost(self, sequences: int) -> dict[str, Any] | None:
         """The entry of the table of costs for so many sequences."""
         wanted = 1 << max(sequences - 1, 0).bit_length()
-        table = self.speculation.control.cost_table()
-        return next((entry for entry in table if entry["sequences"] == wanted), None)
+        control = self.speculation.control
+        for entry in control.cost_table():
+            if (entry["sequences"], entry["sampled"]) == (wanted, control.sampling):
+                return dict(entry)
+        return None
 
     # ---- answers
 

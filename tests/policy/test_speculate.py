@@ -5,6 +5,7 @@ import pytest
 
 from vllm_flexquant.policy.speculate import (
     Acceptance,
+    Row,
     Speculation,
     best_draft,
     expected_best,
@@ -139,6 +140,31 @@ def test_ranks_without_a_clock_decide_by_cost_alone_and_the_same():
     assert ranks[0].goes_on([0.9], 1) == ranks[1].goes_on([0.9], 1)
     assert ranks[0].length(64) == 0
     assert not ranks[0].times or not any(t.plain.count for t in ranks[0].times.values())
+
+
+def test_batches_that_sample_are_judged_by_themselves():
+    made = learned(0.015)
+    made.sampling = True
+    assert made.speedup(1) is None
+    assert made.length(1) == 0
+    for _ in range(40):
+        length = made.length(1)
+        made.book_step(1, length, 1 + length, STEP * (1 + length), 0.01 * length)
+    assert used(made) < 0.05
+    made.sampling = False
+    assert used(made) > 0.95
+
+
+def test_a_row_more_is_told_from_what_verifying_takes_anyway():
+    made = Row()
+    assert made.slope(0.5) == 0.5
+    for i in range(200):
+        made.add(1 + i % 4, 0.040 + 0.001 * (1 + i % 4))
+    assert made.slope(0.01) == pytest.approx(0.001, abs=0.001)
+    flat = Row()
+    for _ in range(200):
+        flat.add(2, 0.040)
+    assert flat.slope(0.001) == pytest.approx(0.001)
 
 
 def test_one_step_that_was_disturbed_changes_little():

@@ -28,9 +28,12 @@ _AGAIN_PLAIN, _AGAIN_DRAFTED = 128, 400
 _BURST_PLAIN, _BURST_DRAFTED = 4, 4
 """After so many steps of the better kind, so many of the other are measured again."""
 
-_FORGET = 0.95
-_WORTH = 0.99
-"""Seconds per token over those of plain steps below which speculation is on."""
+_FORGET, _FORGET_ROWS = 0.95, 0.98
+_PRIOR_ROWS = 4.0
+"""Sum of squares of rows for which the prior of a row's time stands."""
+
+_WORTH = 0.97
+"""Seconds per token over those of plain steps below which speculation is on; less may be noise."""
 
 _LONGEST = 3.0
 """A step that takes so many times the mean counts as if it took that: something else ran."""
@@ -83,6 +86,29 @@ class PerToken:
     @property
     def value(self) -> float:
         return self._seconds / self._tokens if self._tokens else 0.0
+
+
+class Row:
+    """What a row more adds to a step that verifies: the slope of its seconds over its rows."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._sums = [0.0] * 5
+
+    def add(self, rows: int, seconds: float) -> None:
+        """Take in a step with so many rows beyond one for each sequence."""
+        self.count += 1
+        new = (1.0, rows, rows * rows, seconds, rows * seconds)
+        self._sums = [_FORGET_ROWS * old + x for old, x in zip(self._sums, new, strict=True)]
+
+    def slope(self, prior: float) -> float:
+        """Seconds; near `prior` until steps of different lengths were seen."""
+        weight, rows, squares, seconds, products = self._sums
+        if not weight:
+            return prior
+        spread = squares - rows * rows / weight + _PRIOR_ROWS
+        covered = products - rows * seconds / weight + _PRIOR_ROWS * prior
+        return max(covered / spread, 0.0)
 
 
 class Acceptance:
@@ -138,18 +164,18 @@ class Acceptance:
 
 @dataclass
 class Times:
-    """What was measured for so many sequences.
+    """What was measured for so many sequences, all greedy or some of them sampled.
 
     plain, drafted: seconds per token of steps without and with drafts, drafting included. step:
-    seconds of a plain step. draft: of one forward pass that drafts. rows: sums for what a row more
-    adds to a step.
+    seconds of a plain step. draft: of one forward pass that drafts. row: what a row more adds to a
+    step that verifies.
     """
 
     plain: PerToken = field(default_factory=PerToken)
     drafted: PerToken = field(default_factory=PerToken)
     step: Mean = field(default_factory=Mean)
     draft: Mean = field(default_factory=Mean)
-    row: Mean = field(default_factory=Mean)
+    row: Row = field(default_factory=Row)
     turn: int = 0
     on: bool = True
 
@@ -176,7 +202,9 @@ class Speculation:
     clocked: bool = True
     greedy: Acceptance = field(default_factory=Acceptance)
     sampled: Acceptance = field(default_factory=Acceptance)
-    times: dict[int, Times] = field(default_factory=dict)
+    times: dict[tuple[int, bool], Times] = field(default_factory=dict)
+    sampling: bool = False
+    """Of the batch at hand: some request samples, which makes verifying take longer."""
 
     def length(self, sequences: int) -> int:
         """Tokens to draft at most, 0 to run a plain step."""
@@ -259,11 +287,12 @@ class Speculation:
             times.step.add(step)
             return
         times.drafted.add(step + drafting, tokens)
-        if extra and times.step.count:
-            times.row.add(max(step - times.step.value, 0.0) / extra)
+        if extra:
+            times.row.add(extra, step)
 
     def _of(self, sequences: int) -> Times:
-        return self.times.setdefault(max(sequences - 1, 0).bit_length(), Times())
+        bucket = max(sequences - 1, 0).bit_length()
+        return self.times.setdefault((bucket, self.sampling), Times())
 
     def _relative(self, sequences: int) -> tuple[float, float]:
         """A draft and a row more for each sequence, over a plain step."""
@@ -278,32 +307,37 @@ class Speculation:
         return (
             step,
             times.draft.value if times.draft.count else step * draft,
-            times.row.value if times.row.count else step * row,
+            times.row.slope(step * row),
             times.rate() or step / max(sequences, 1),
         )
 
     def speedup(self, sequences: int) -> float | None:
         """Tokens per second with drafts over those without, None until both were measured."""
-        times = self._of(sequences)
-        if not times.plain.count or not times.drafted.count or not times.drafted.value:
-            return None
-        return times.plain.value / times.drafted.value
+        return _speedup(self._of(sequences))
 
     def cost_table(self) -> list[dict[str, Any]]:
-        """What is known by number of sequences: seconds of a plain step, a draft and a row more,
-        tokens per second with drafts over without, and whether speculation is on."""
+        """What is known by number of sequences, and whether some of them were sampled: seconds of a
+        plain step, a draft and a row more, tokens per second with drafts over without, and whether
+        speculation is on."""
         return [
             {
                 "sequences": 1 << bucket,
+                "sampled": sampled,
                 "step_seconds": times.step.value,
                 "draft_seconds": times.draft.value,
-                "row_seconds": times.row.value,
-                "speedup": self.speedup(1 << bucket),
+                "row_seconds": times.row.slope(0.0),
+                "speedup": _speedup(times),
                 "on": times.on,
             }
-            for bucket, times in sorted(self.times.items())
+            for (bucket, sampled), times in sorted(self.times.items())
             if times.plain.count or times.drafted.count
         ]
+
+
+def _speedup(times: Times) -> float | None:
+    if not times.plain.count or not times.drafted.value:
+        return None
+    return times.plain.value / times.drafted.value
 
 
 def expected_speedup(kept: float, length: int, draft: float, row: float) -> float:

@@ -100,7 +100,8 @@ class SelfDrafter(DraftModelProposer):
         rejected = num_rejected_tokens_gpu
         kept = drafted if rejected is None else (np.array(drafted) - rejected.numpy()).tolist()
         rows = self._able(context, num_speculative_tokens)
-        length = min(speculation.begin(ids, drafted, kept, rows), num_speculative_tokens)
+        asked = speculation.begin(ids, drafted, kept, rows, not sampling_metadata.all_greedy)
+        length = min(asked, num_speculative_tokens)
         proposed: list[list[int]] = [[] for _ in range(count)]
         if length:
             with speculation.drafting():

@@ -172,16 +172,21 @@ class SelfSpeculation:
     # ---- the step
 
     def begin(
-        self, ids: Sequence[str], drafted: Sequence[int], kept: Sequence[int], rows: Sequence[int]
+        self,
+        ids: Sequence[str],
+        drafted: Sequence[int],
+        kept: Sequence[int],
+        rows: Sequence[int],
+        sampling: bool = False,
     ) -> int:
         """Take in the step that has just been sampled; returns the tokens to draft at most.
 
         Args:
             ids: requests of the batch. drafted, kept: drafts of each that it verified and kept.
-            rows: places of those that may draft.
+            rows: places of those that may draft. sampling: some of them sample.
         """
         now = time.perf_counter()
-        self._sequences = len(ids)
+        self._sequences, self.control.sampling = len(ids), sampling
         # vLLM does not ask for drafts after every step
         if self.controller.steps != self._step + 1:
             self._pending, self._ids = {}, []
