@@ -4,11 +4,12 @@
     python -m benchmarks.serving.speculation_served --model CHECKPOINT [--rounds N]
 
 Two engines of one checkpoint at all bits take turns on the same prompts, each in a process of its
-own: as started with `speculate`, gate gain, which learns as it goes and decides by itself where
-drafts pay; and without. So what speculation costs where it is off is in the ratio too. Last, the
-first engine with `speculate` 0: what is left of it then. Greedy answers are compared token by
-token; in bf16 the best logits are often equal, and then which one wins may depend on the number of
-rows.
+own: one was started with `speculate`, gate gain, which learns as it goes and decides by itself
+where drafts pay, and runs each cell with drafts and without (`speculate` 0); one was started
+without. The first two say what drafts gain, the last two what being ready for them costs; two
+processes of the same engine differ by some per cent, by luck. Greedy answers are compared token by
+token between processes; in bf16 the best logits are often equal, and then which one wins may depend
+on the number of rows.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from benchmarks.serving.engine import MAX_ROWS, EngineSpec
 from benchmarks.serving.kinds import FILES, Prompt, in_turn, make_prompts, of_round
 from benchmarks.serving.process import EngineProcess, running
 from benchmarks.serving.run import PROMPT, RESULTS
-from benchmarks.serving.summary import spread
+from benchmarks.serving.summary import compare, spread
 from vllm_flexquant.quantize.calibration import load_tokenizer
 
 WITH, WITHOUT, OFF = "speculating", "without", "off"
@@ -61,14 +62,10 @@ def main() -> None:
             "engines": {name: engine.facts for name, engine in engines.items()},
         }
         cells = list(cells_of(prompts, options.batches, options.temperatures))
-        found = measure(engines, cells, options.rounds, options.tokens, {}, console)
-        results["speculation"] = engines[WITH].ask("drafts")
-        off = {"speculate": 0}
-        left = measure(
-            engines, cells[::2], max(options.rounds // 2, 2), options.tokens, off, console
+        results["cells"] = measure(
+            engines, cells, options.rounds, options.tokens, options.most, console
         )
-    results["cells"] = found
-    results[OFF] = left
+        results["drafts"] = engines[WITH].ask("drafts")
     write_json(options.out, results, facts)
     show(results, console)
     console.print(f"written to {options.out}")
@@ -91,73 +88,77 @@ def measure(
     cells: Sequence[tuple[int, str, float, Sequence[Prompt]]],
     rounds: int,
     tokens: int,
-    change: Mapping[str, Any],
+    most: int,
     console: Console,
 ) -> list[dict[str, Any]]:
-    """Speed of each cell over that of the engine without speculation; round 0 warms up.
-
-    Args:
-        change: of the policy of the engine that speculates.
-    """
-    ratios, rates = defaultdict(list), defaultdict(list)
+    """Speeds of each cell; round 0 warms up."""
+    ways = {
+        WITH: (WITH, {"speculate": most}),
+        OFF: (WITH, {"speculate": 0}),
+        WITHOUT: (WITHOUT, {}),
+    }
+    rates: dict[Any, list[float]] = defaultdict(list)
     same: dict[Any, list[bool]] = defaultdict(list)
     for number in range(rounds + 1):
         for batch, kind, temperature, given in cells:
             asked = of_round(given, number, batch)
-            runs = {
-                name: engines[name].ask(
+            cell = batch, kind, temperature
+            runs = {}
+            for way in list(ways)[:: 1 if number % 2 else -1]:
+                engine, change = ways[way]
+                runs[way] = engines[engine].ask(
                     "answer",
                     prompts=asked,
                     tokens=tokens,
                     temperature=temperature,
                     seed=1000 * number,
-                    change=change if name == WITH else {},
+                    change=change,
                 )
-                for name in (WITH, WITHOUT)[:: 1 if number % 2 else -1]
+                if number:
+                    rates[way, cell].append(runs[way]["tokens"] / runs[way]["seconds"])
+            pairs = zip(runs[WITH]["answers"], runs[WITHOUT]["answers"], strict=True)
+            same[cell] += [one == other for one, other in pairs]
+        console.print(f"round {number} of {rounds}")
+    found = []
+    for batch, kind, temperature, _ in cells:
+        cell = batch, kind, temperature
+        found.append(
+            {
+                "requests": batch,
+                "kind": kind,
+                "temperature": temperature,
+                "with_over_off": compare(rates[WITH, cell], rates[OFF, cell]),
+                "off_over_without": compare(rates[OFF, cell], rates[WITHOUT, cell]),
+                "with_over_without": compare(rates[WITH, cell], rates[WITHOUT, cell]),
+                "tokens_per_second_without": spread(rates[WITHOUT, cell]),
+                "answers": len(same[cell]),
+                # sampled answers differ, as they may
+                "same_answers": None if temperature else sum(same[cell]),
             }
-            if number:
-                cell = batch, kind, temperature
-                speed = {name: run["tokens"] / run["seconds"] for name, run in runs.items()}
-                ratios[cell].append(speed[WITH] / speed[WITHOUT])
-                rates[cell].append(speed[WITHOUT])
-                pairs = zip(runs[WITH]["answers"], runs[WITHOUT]["answers"], strict=True)
-                same[cell] += [one == other for one, other in pairs]
-        console.print(f"round {number} of {rounds} {dict(change) or ''}")
-    return [
-        {
-            "requests": batch,
-            "kind": kind,
-            "temperature": temperature,
-            "speed": spread(ratios[batch, kind, temperature]),
-            "tokens_per_second_without": spread(rates[batch, kind, temperature]),
-            "answers": len(same[batch, kind, temperature]),
-            # sampled answers differ, as they may
-            "same_answers": None if temperature else sum(same[batch, kind, temperature]),
-        }
-        for batch, kind, temperature, _ in cells
-    ]
+        )
+    return found
 
 
 def show(results: Mapping[str, Any], console: Console) -> None:
     """Print the table."""
-    for name in ("cells", OFF):
-        table = Table(
-            box=box.SIMPLE_HEAD, title=f"tokens per second over an engine without: {name}"
+    table = Table(box=box.SIMPLE_HEAD, title="tokens per second")
+    ratios = ("with_over_off", "off_over_without", "with_over_without")
+    for column in ("requests", "kind", "temperature", *ratios, "same answers"):
+        table.add_column(column.replace("_", " "))
+    for cell in results["cells"]:
+        equal = cell["same_answers"]
+        table.add_row(
+            str(cell["requests"]),
+            cell["kind"],
+            str(cell["temperature"]),
+            *(f"{cell[n]['median']:.3f} ({_quartiles(cell[n])})" for n in ratios),
+            "" if equal is None else f"{equal} of {cell['answers']}",
         )
-        for column in ("requests", "kind", "temperature", "speed", "quartiles", "same answers"):
-            table.add_column(column)
-        for cell in results[name]:
-            low, high = cell["speed"]["quartiles"]
-            equal = cell["same_answers"]
-            table.add_row(
-                str(cell["requests"]),
-                cell["kind"],
-                str(cell["temperature"]),
-                f"{cell['speed']['median']:.3f}",
-                f"{low:.3f} .. {high:.3f}",
-                "" if equal is None else f"{equal} of {cell['answers']}",
-            )
-        console.print(table)
+    console.print(table)
+
+
+def _quartiles(found: Mapping[str, Any]) -> str:
+    return " .. ".join(f"{value:.2f}" for value in found["quartiles"])
 
 
 def read_options() -> argparse.Namespace:

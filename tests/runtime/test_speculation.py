@@ -133,6 +133,9 @@ def test_another_gate_is_measured_by_itself():
     made, speculation = speculating()
     speculation.control.book_step(1, 0, 1, 0.03)
     speculation.control.book_step(1, 4, 2, 0.03, 0.09)
+    made.update({"speculate": 0})
+    made.update({"speculate": 4})
+    assert speculation.control.times[0, False].drafted.count == 1
     made.update({"draft_gate": "gain"})
     times = speculation.control.times[0, False]
     assert (times.plain.count, times.drafted.count) == (1, 0)

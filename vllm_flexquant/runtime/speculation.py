@@ -85,6 +85,7 @@ class SelfSpeculation:
         self._drafts: dict[int, list[tuple[float, bool]]] = {}
         self.level: int | None = None
         self._drafts_at: object = None
+        self._ways: object = None
         self.adopt(options)
 
     def adopt(self, options: FlexQuantOptions) -> None:
@@ -108,9 +109,12 @@ class SelfSpeculation:
                 "higher width, give a lower draft_level, or set speculate to 0"
             )
         control = self.control
+        control.most, control.gate = options.speculate, options.draft_gate
+        control.threshold = options.draft_entropy
         ways = (options.speculate, options.draft_gate, options.draft_entropy)
-        if ways != (control.most, control.gate, control.threshold):
-            control.most, control.gate, control.threshold = ways
+        # off and on again is no other way
+        if options.speculate and ways != self._ways:
+            self._ways = ways
             control.forget_gains()
         self.level, self.widths, self.mean_bits = level, widths, bits
         control.draft_cost = self._cost(widths)
