@@ -24,11 +24,16 @@ from vllm_flexquant.config import Gate
 _FIRST_PLAIN, _FIRST_DRAFTED = 8, 8
 """Steps of each kind that are measured before the first choice between them."""
 
-_AGAIN_PLAIN, _AGAIN_DRAFTED = 128, 400
-_BURST_PLAIN, _BURST_DRAFTED = 4, 4
-"""After so many steps of the better kind, so many of the other are measured again."""
+_AGAIN_PLAIN, _BURST_PLAIN, _BURST_DRAFTED = 128, 4, 6
+"""While drafts are on, after so many steps so many plain ones are measured again; while they are
+off, so many with drafts, the sooner the less that would lose."""
 
-_FORGET, _FORGET_ROWS = 0.95, 0.98
+_LOOKING, _TOKENS = 0.008, 2.5
+"""Share of the time that looking may lose, and the tokens that a step with drafts gives for it."""
+
+_SOONEST, _LATEST = 40, 800
+
+_FORGET, _FORGET_ROWS = 0.93, 0.98
 _PRIOR_ROWS = 4.0
 """Sum of squares of rows for which the prior of a row's time stands."""
 
@@ -168,7 +173,8 @@ class Times:
 
     plain, drafted: seconds per token of steps without and with drafts, drafting included. step:
     seconds of a plain step. draft: of one forward pass that drafts. row: what a row more adds to a
-    step that verifies.
+    step that verifies. on: drafts pay. looking: the other kind of step is measured, for `left`
+    steps more; else the better kind runs for so many.
     """
 
     plain: PerToken = field(default_factory=PerToken)
@@ -176,8 +182,27 @@ class Times:
     step: Mean = field(default_factory=Mean)
     draft: Mean = field(default_factory=Mean)
     row: Row = field(default_factory=Row)
-    turn: int = 0
     on: bool = True
+    looking: bool = False
+    left: int = _AGAIN_PLAIN
+
+    def choose(self) -> None:
+        """Take up the better kind of step, or have a look at the other, for the next one."""
+        was, self.on = self.on, self.drafted.value < _WORTH * self.plain.value
+        self.left -= 1
+        if self.on != was or self.left <= 0:
+            self.looking = not self.looking and self.on == was
+            self.left = self._burst() if self.looking else self._again()
+
+    def _burst(self) -> int:
+        return _BURST_PLAIN if self.on else _BURST_DRAFTED
+
+    def _again(self) -> int:
+        """Steps between two looks."""
+        if self.on:
+            return _AGAIN_PLAIN
+        loss = max(self.drafted.value / self.plain.value - 1, 0.0) * _TOKENS
+        return round(min(max(_BURST_DRAFTED * loss / _LOOKING, _SOONEST), _LATEST))
 
     def rate(self) -> float:
         """Seconds per token, of the better kind."""
@@ -213,17 +238,12 @@ class Speculation:
         if not self.clocked:
             return expected_best(self.greedy.mean, *self._relative(sequences), self.most)[0]
         times = self._of(sequences)
-        times.turn += 1
         if times.plain.count < _FIRST_PLAIN:
             return 0
         if times.drafted.count < _FIRST_DRAFTED:
             return self.most
-        times.on = times.drafted.value < _WORTH * times.plain.value
-        again, burst = (
-            (_AGAIN_PLAIN, _BURST_PLAIN) if times.on else (_AGAIN_DRAFTED, _BURST_DRAFTED)
-        )
-        looks = times.turn % (again + burst) < burst
-        return self.most if times.on != looks else 0
+        times.choose()
+        return self.most if times.on != times.looking else 0
 
     def goes_on(self, chances: Sequence[float], sequences: int) -> list[bool]:
         """Whether each of the sequences that draft is worth another draft.
