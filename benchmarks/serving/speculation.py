@@ -4,12 +4,12 @@
     python -m benchmarks.serving.speculation --model CHECKPOINT [--batches 1 4 16] [--rounds N]
 
 One engine; everything takes turns, and a speed is a ratio to plain steps of the same engine in the
-same round, on the same prompts. Five parts. *Equality*: greedy answers with drafts and without are
+same round, on the same prompts. Four parts. *Equality*: greedy answers with drafts and without are
 the same tokens, and sampled ones as likely, or nothing else is measured and nothing is written
 (`equality.py`). *Acceptance*: for levels and widths to draft at, with drafts of a fixed length, the
 share that is kept by position, and the speed beside what the policy's model expects of the times
 measured. *Gates*: at the level that the engine picks, each way to end a draft. *Load*: requests
-come and go under gate gain. *Trace*: one answer, its drafts and their entropies.
+come and go under gate gain. One answer, draft by draft, is in `speculation_answer.py`.
 
 From `--mixed-from` requests at a time on, requests of all kinds run side by side. Gates gain and
 entropy, which also choose by measured times whether to draft at all, learn from a run of the same
@@ -39,7 +39,6 @@ from benchmarks.serving.run import PROMPT, RESULTS
 from benchmarks.serving.speculating import SpeculatingEngine
 from vllm_flexquant.quantize.calibration import load_tokenizer
 
-TRACED_TOKENS = 128
 MIXED = "mixed"
 
 WIDE = 110
@@ -192,13 +191,6 @@ def main() -> None:
                 )
                 say(f"  gates: {batch} at a time, {kind}, temperature {temperature}")
     results["load"] = parts.measure_load(engine, mixed, options.rounds, options.tokens, say)
-    asked = prompts["chat"][0].ids
-    engine.run(gates["gain"], [asked], parts.WARM_TOKENS, 0.0, 0, "trace")
-    results["trace"] = {
-        name: engine.trace_answer(gates[name], asked, TRACED_TOKENS, "trace")
-        # where drafts do not pay, the first has next to none
-        for name in ("gain", f"fixed {options.most}")
-    }
     write_json(options.out, results, facts)
     show(results, console)
     console.print(f"written to {options.out}")

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Self-speculation in pictures: the drafts of one answer beside their entropies; speed by gate.
 
-    python -m benchmarks.serving.speculation_plot [--results FILE] [--out FOLDER]
+    python -m benchmarks.serving.speculation_plot [--results FILE] [--answer FILE] [--out FOLDER]
 
-Reads what `benchmarks.serving.speculation` wrote, and writes two PNG files beside it.
+Reads what `benchmarks.serving.speculation` and `speculation_answer` wrote, and writes two PNG files
+beside it.
 """
 
 from __future__ import annotations
@@ -103,23 +104,28 @@ def numbers_of_requests(gates: Sequence[Mapping[str, Any]]) -> list[int]:
     return sorted({entry["requests"] for entry in gates})
 
 
-def write_pictures(results: Mapping[str, Any], folder: Path) -> list[str]:
-    """Write both; returns their names."""
+def write_pictures(
+    results: Mapping[str, Any], answers: Mapping[str, Any], folder: Path
+) -> list[str]:
+    """Write both; returns their names.
+
+    Args:
+        answers: steps by the gate's name.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    traces = results["trace"]
     figure, axes = pyplot.subplots(
         2,
-        len(traces),
-        figsize=(6 * len(traces), 5),
+        len(answers),
+        figsize=(6 * len(answers), 5),
         sharex="col",
         squeeze=False,
         layout="constrained",
     )
-    for column, (name, steps) in zip(axes.T, traces.items(), strict=True):
+    for column, (name, steps) in zip(axes.T, answers.items(), strict=True):
         plot_answer(column, steps, name)
     names = ["speculation-answer.png", "speculation-gates.png"]
     figure.savefig(folder / names[0], dpi=110)
@@ -136,11 +142,16 @@ def main() -> None:
     """Write the pictures."""
     parser = argparse.ArgumentParser(description="Self-speculation in pictures.")
     parser.add_argument("--results", type=Path, default=RESULTS / "speculation-cpu.json")
+    parser.add_argument("--answer", type=Path, default=RESULTS / "speculation-answer-cpu.json")
     parser.add_argument("--out", type=Path, help="default: beside the results")
     options = parser.parse_args()
     folder = options.out or options.results.parent
-    results = json.loads(options.results.read_text(encoding="utf-8"))["results"]
-    print(f"written to {folder}: {', '.join(write_pictures(results, folder))}")
+    results, answer = (
+        json.loads(file.read_text(encoding="utf-8"))["results"]
+        for file in (options.results, options.answer)
+    )
+    names = write_pictures(results, answer["trace"], folder)
+    print(f"written to {folder}: {', '.join(names)}")
 
 
 if __name__ == "__main__":
