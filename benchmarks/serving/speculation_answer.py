@@ -42,7 +42,7 @@ def main() -> None:
     engine = SpeculatingEngine(str(options.model), options.most, options.dtype)
     gain = parts.gates_of(options.most)["gain"]
     engine.run(gain, [warm], 3 * parts.WARM_TOKENS, 0.0, 0, "answer")
-    speculate._FIRST_DRAFTED = sys.maxsize  # type: ignore[attr-defined]
+    speculate._FIRST_DRAFTED = sys.maxsize
     results: dict[str, Any] = {
         "settings": {"most": options.most, "tokens": options.tokens, "prompt_tokens": len(asked)},
         "engine": engine.facts(),
