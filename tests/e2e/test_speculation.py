@@ -19,8 +19,6 @@ QUESTIONS = [
     "Name three colours.",
     "What is the capital of France?",
     "Write a haiku about rain.",
-    "How many legs has a spider?",
-    "Explain what a prime number is.",
     "Give a Python function that adds two numbers.",
 ]
 
@@ -51,7 +49,7 @@ def speculation(llm):
 
 def prompts():
     text = TEXT.read_text(encoding="utf-8")
-    return [text[i * 300 : i * 300 + 200] for i in range(6)] + [CHAT.format(q) for q in QUESTIONS]
+    return [text[i * 300 : i * 300 + 200] for i in range(4)] + [CHAT.format(q) for q in QUESTIONS]
 
 
 def both(llm, prompts, params):
@@ -81,25 +79,25 @@ def test_greedy_answers_are_those_of_plain_steps(engine, greedy):
     """With preemption, prompts in chunks and cached prefixes; all 200 prompts are in
     `benchmarks.serving.speculation`."""
     asked = prompts()
-    plain, drafted = both(engine, asked, greedy(32, ignore_eos=True, logprobs=2))
+    plain, drafted = both(engine, asked, greedy(24, ignore_eos=True, logprobs=2))
     assert all(map(differ_by_noise, plain, drafted))
-    assert tokens(plain)[6:] == tokens(drafted)[6:]
+    assert tokens(plain)[4:] == tokens(drafted)[4:]
     counts = speculation(engine)
     assert counts["accepted"][0] > 0.6 * counts["drafted"][0]
     assert len(counts["drafted"]) == 4
     # a prefix whose blocks drafts have written to is read again
-    again = engine.generate(asked, greedy(32, ignore_eos=True, logprobs=2))
+    again = engine.generate(asked, greedy(24, ignore_eos=True, logprobs=2))
     assert all(map(differ_by_noise, plain, again))
 
 
 def test_sequences_that_preempt_each_other_lose_nothing(engine, greedy):
     counted = {m.name: m.value for m in engine.get_metrics() if hasattr(m, "value")}
     text = TEXT.read_text(encoding="utf-8")
-    asked = [text[i * 1200 : (i + 1) * 1200] for i in range(5)]
-    plain, drafted = both(engine, asked, greedy(100, ignore_eos=True, logprobs=2))
+    asked = [text[i * 1200 : (i + 1) * 1200] for i in range(4)]
+    plain, drafted = both(engine, asked, greedy(64, ignore_eos=True, logprobs=2))
     after = {m.name: m.value for m in engine.get_metrics() if hasattr(m, "value")}
     assert after["vllm:num_preemptions"] > counted["vllm:num_preemptions"]
-    assert [len(t) for t in tokens(drafted)] == [100] * 5
+    assert [len(t) for t in tokens(drafted)] == [64] * 4
     assert all(map(differ_by_noise, plain, drafted))
 
 
@@ -128,7 +126,7 @@ def test_stop_strings_structured_output_and_several_answers(engine, greedy):
 
 def test_an_aborted_request_leaves_the_others_as_they_are(engine, greedy):
     pin(engine, **FIXED)
-    asked, params = prompts()[6:9], greedy(40, ignore_eos=True)
+    asked, params = prompts()[4:7], greedy(32, ignore_eos=True)
     wanted = tokens(engine.generate(asked, params))
     core, answers = engine.llm_engine, {}
     for name, prompt in zip(("first", "aborted", "third"), asked, strict=True):
@@ -152,7 +150,7 @@ def test_sampled_answers_have_the_distribution_of_plain_steps(engine):
     from vllm import SamplingParams
 
     params = SamplingParams(
-        n=160, temperature=1.0, top_k=3, max_tokens=3, detokenize=False, ignore_eos=True
+        n=100, temperature=1.0, top_k=3, max_tokens=3, detokenize=False, ignore_eos=True
     )
     plain, drafted = both(engine, ["The colour of the"], params)
     seen = {}
@@ -219,7 +217,7 @@ def test_what_cannot_be_is_refused_and_changes_nothing(engine, changes, message)
 def test_gain_decides_by_itself(engine, greedy):
     """It tries both kinds of step, and then keeps to the one that was measured to be faster."""
     pin(engine, speculate=4, draft_gate="gain", draft_width=4)
-    engine.generate(prompts()[6:7], greedy(120, ignore_eos=True))
+    engine.generate(prompts()[4:5], greedy(90, ignore_eos=True))
     table = {row["sequences"]: row for row in speculation(engine)["cost_table"]}
     assert table[1]["speedup"] > 0
     assert not table[1]["sampled"]

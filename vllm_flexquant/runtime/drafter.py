@@ -97,9 +97,11 @@ class SelfDrafter(DraftModelProposer):
             context -= num_rejected_tokens_gpu[:count]
         ids = self.runner.input_batch.req_ids[:count]
         drafted = [len(tokens) for tokens in self.runner.input_batch.spec_token_ids[:count]]
-        rejected = num_rejected_tokens_gpu
-        kept = drafted if rejected is None else (np.array(drafted) - rejected.numpy()).tolist()
-        rows = self._able(context, num_speculative_tokens)
+        kept = drafted
+        if num_rejected_tokens_gpu is not None:
+            rejected = num_rejected_tokens_gpu[:count].tolist()
+            kept = [max(d - r, 0) for d, r in zip(drafted, rejected, strict=True)]
+        rows = self._able(context.cpu().numpy(), num_speculative_tokens)
         asked = speculation.begin(ids, drafted, kept, rows, not sampling_metadata.all_greedy)
         length = min(asked, num_speculative_tokens)
         proposed: list[list[int]] = [[] for _ in range(count)]
@@ -109,11 +111,11 @@ class SelfDrafter(DraftModelProposer):
         speculation.end(ids)
         return proposed
 
-    def _able(self, context: torch.Tensor, most: int) -> list[int]:
+    def _able(self, context: np.ndarray, most: int) -> list[int]:
         """Rows of the batch that may draft `most` tokens: their prompt is done, and there are
         blocks for the drafts."""
         runner = self.runner
-        last = context.numpy() + most
+        last = context + most
         able = ~runner.discard_request_mask.np[: len(last)] & (last < self.max_model_len)
         for table in runner.input_batch.block_table.block_tables:
             blocks = table.num_blocks_per_row[: len(last)]
@@ -136,7 +138,7 @@ class SelfDrafter(DraftModelProposer):
         probabilities: list[tuple[list[int], torch.Tensor]] = []
         for index in range(length):
             began = time.perf_counter()
-            chosen = None if len(rows) == every else torch.tensor(rows)
+            chosen = None if len(rows) == every else torch.tensor(rows, device=self.device)
             ids, positions = tokens.long(), context + index
             if chosen is not None:
                 ids, positions = ids[chosen], positions[chosen]
@@ -224,7 +226,7 @@ class SelfDrafter(DraftModelProposer):
                 block_table_tensor=blocks,
                 slot_mapping=slot,
                 positions=positions,
-                seq_lens_cpu_upper_bound=lengths,
+                seq_lens_cpu_upper_bound=lengths.cpu(),
             )
             for group in groups:
                 built = group.build_metadata_for_drafting(common, index)
