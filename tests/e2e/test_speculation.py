@@ -90,15 +90,23 @@ def test_greedy_answers_are_those_of_plain_steps(engine, greedy):
     assert all(map(differ_by_noise, plain, again))
 
 
+def preemptions(llm):
+    return sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
+
+
 def test_sequences_that_preempt_each_other_lose_nothing(engine, greedy):
-    counted = {m.name: m.value for m in engine.get_metrics() if hasattr(m, "value")}
+    """With plain steps, and with drafts."""
     text = TEXT.read_text(encoding="utf-8")
     asked = [text[i * 1200 : (i + 1) * 1200] for i in range(4)]
-    plain, drafted = both(engine, asked, greedy(64, ignore_eos=True, logprobs=2))
-    after = {m.name: m.value for m in engine.get_metrics() if hasattr(m, "value")}
-    assert after["vllm:num_preemptions"] > counted["vllm:num_preemptions"]
-    assert [len(t) for t in tokens(drafted)] == [64] * 4
-    assert all(map(differ_by_noise, plain, drafted))
+    answers = []
+    for changes in (PLAIN, FIXED):
+        pin(engine, **changes)
+        before = preemptions(engine)
+        answers.append(engine.generate(asked, greedy(64, ignore_eos=True, logprobs=2)))
+        assert preemptions(engine) > before
+        assert [len(t) for t in tokens(answers[-1])] == [64] * 4
+        assert len(engine.collective_rpc(workers.remembered_requests)[0]) <= 4
+    assert all(map(differ_by_noise, *answers))
 
 
 def test_stop_strings_structured_output_and_several_answers(engine, greedy):

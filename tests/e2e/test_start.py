@@ -12,9 +12,6 @@ from models import PROMPTS, SHAPE, pin, small_checkpoint, tokens
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from vllm_flexquant.config import FlexQuantOptions
-from vllm_flexquant.quantize.pipeline import quantize_checkpoint
-
 
 @pytest.fixture(scope="module")
 def at_width(smollm2, greedy_tokens):
@@ -99,52 +96,28 @@ def switch_often(llm, params):
     raise AssertionError(f"only {changes} changes of width")
 
 
-def test_preempted_requests_all_finish(smollm2):
-    from vllm import SamplingParams
-
-    with running_engine(
-        smollm2,
-        quantization="flexquant",
-        max_model_len=512,
-        max_num_seqs=3,
-        num_gpu_blocks_override=6,
-        disable_log_stats=False,
-    ) as llm:
-        params = SamplingParams(temperature=0.0, max_tokens=300, ignore_eos=True)
-        outputs = llm.generate([f"Tell me about the number {i}." for i in range(4)], params)
-        assert [len(t) for t in tokens(outputs)] == [300] * 4
-        preempted = [m for m in llm.get_metrics() if m.name == "vllm:num_preemptions"]
-        assert sum(m.value for m in preempted) > 0
-        held = llm.collective_rpc(workers.remembered_requests)[0]
-        assert len(held) <= 3
-
-
 def test_tensor_parallel_ranks_agree(smollm2, tmp_path, greedy_tokens, monkeypatch):
-    """Quantized at load and from saved planes; SmolLM2's nine heads cannot be split in two."""
+    """Quantized at load, for SmolLM2's nine heads cannot be split in two; saved planes are in
+    test_budget.py."""
     model = small_checkpoint(tmp_path / "llama", smollm2, {"model_type": "llama", **SHAPE})
-    options = FlexQuantOptions()
-    quantize_checkpoint(model, tmp_path / "saved", options)
-    found = {}
     with running_engine(model, quantization="flexquant", max_model_len=256) as llm:
         pin(llm, width=8)
-        found["one rank"] = tokens(llm.generate(PROMPTS, greedy_tokens))
+        alone = tokens(llm.generate(PROMPTS, greedy_tokens))
         whole = llm.collective_rpc("flexquant_status")[0]
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    for folder, method in ((model, "flexquant"), (tmp_path / "saved", None)):
-        with running_engine(
-            folder, quantization=method, max_model_len=256, tensor_parallel_size=2
-        ) as llm:
-            pin(llm, width=8)
-            found[folder] = tokens(llm.generate(PROMPTS, greedy_tokens))
-            pin(llm, policy="entropy", entropy_low=0.0, entropy_high=20.0)
-            llm.collective_rpc("flexquant_trace", args=(True,))
-            llm.generate(PROMPTS, greedy_tokens)
-            first, second = llm.collective_rpc("flexquant_trace")
-            assert first == second
-            assert len({record["level"] for record in first}) > 1
-            part = llm.collective_rpc("flexquant_status")[1]
-    assert found[model] == found[tmp_path / "saved"]
-    assert [t[0] for t in found[model]] == [t[0] for t in found["one rank"]]
+    with running_engine(
+        model, quantization="flexquant", max_model_len=256, tensor_parallel_size=2
+    ) as llm:
+        pin(llm, width=8)
+        found = tokens(llm.generate(PROMPTS, greedy_tokens))
+        pin(llm, policy="entropy", entropy_low=0.0, entropy_high=20.0)
+        llm.collective_rpc("flexquant_trace", args=(True,))
+        llm.generate(PROMPTS, greedy_tokens)
+        first, second = llm.collective_rpc("flexquant_trace")
+        assert first == second
+        assert len({record["level"] for record in first}) > 1
+        part = llm.collective_rpc("flexquant_status")[1]
+    assert [t[0] for t in found] == [t[0] for t in alone]
     assert part["levels"] == whole["levels"]
     shapes = {layer["name"]: layer["shape"] for layer in part["layers"]}
     assert shapes["lm_head"] == [49152 // 2, 128]
