@@ -243,21 +243,17 @@ class FlexQuantOptions(BaseModel):
             raise ValueError(
                 f"width {self.width} and level {self.level} are both set; set one of them"
             )
-        if self.width is not None and self.width not in self.layout.widths:
-            raise ValueError(
-                f"width {self.width} is not in layout {self.layout}; "
-                f"it has {', '.join(map(str, self.layout.widths))}"
-            )
         if self.draft_level is not None and self.draft_width is not None:
             raise ValueError(
                 f"draft_level {self.draft_level} and draft_width {self.draft_width} are both set; "
                 "set one of them"
             )
-        if self.draft_width is not None and self.draft_width not in self.layout.widths:
-            raise ValueError(
-                f"draft_width {self.draft_width} is not in layout {self.layout}; "
-                f"it has {', '.join(map(str, self.layout.widths))}"
-            )
+        for name, width in (("width", self.width), ("draft_width", self.draft_width)):
+            if width is not None and width not in self.layout.widths:
+                raise ValueError(
+                    f"{name} {width} is not in layout {self.layout}; "
+                    f"it has {', '.join(map(str, self.layout.widths))}"
+                )
         if self.policy not in PINNED and (self.width is not None or self.level is not None):
             pinned = "width" if self.width is not None else "level"
             raise ValueError(

@@ -30,7 +30,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.provenance import hash_file, provenance, write_json
+from benchmarks.provenance import write_json
+from benchmarks.quality.texts import facts_of
 from benchmarks.serving import speculation_parts as parts
 from benchmarks.serving.engine import ENVIRON, MAX_ROWS
 from benchmarks.serving.equality import Answer, measure_equality, measure_sampled
@@ -138,8 +139,7 @@ def main() -> None:
     """Check, measure, print and write."""
     options = read_options()
     os.environ |= ENVIRON
-    facts = provenance(options.model)
-    facts["texts"] = {k: {"name": f.name, "sha256": hash_file(f)} for k, f in FILES.items()}
+    facts = facts_of(options.model, FILES)
     if options.alias:
         facts["model"]["name"] = options.alias
     console = Console(width=WIDE)

@@ -17,7 +17,8 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.provenance import hash_file, provenance, write_json
+from benchmarks.provenance import write_json
+from benchmarks.quality.texts import facts_of
 from benchmarks.serving import speculation_parts as parts
 from benchmarks.serving.engine import ENVIRON
 from benchmarks.serving.kinds import FILES, make_prompts
@@ -33,8 +34,7 @@ def main() -> None:
     """Measure and write."""
     options = read_options()
     os.environ |= ENVIRON
-    facts = provenance(options.model)
-    facts["texts"] = {KIND: {"name": FILES[KIND].name, "sha256": hash_file(FILES[KIND])}}
+    facts = facts_of(options.model, {KIND: FILES[KIND]})
     if options.alias:
         facts["model"]["name"] = options.alias
     prompts = make_prompts({KIND: FILES[KIND]}, load_tokenizer(options.model), 2, PROMPT)

@@ -25,7 +25,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.provenance import hash_file, provenance, write_json
+from benchmarks.provenance import write_json
+from benchmarks.quality.texts import facts_of
 from benchmarks.serving.engine import MAX_ROWS, EngineSpec
 from benchmarks.serving.kinds import FILES, Prompt, in_turn, make_prompts, of_round
 from benchmarks.serving.process import EngineProcess, running
@@ -40,8 +41,7 @@ MIXED = "mixed"
 def main() -> None:
     """Measure, print and write."""
     options = read_options()
-    facts = provenance(options.model)
-    facts["texts"] = {k: {"name": f.name, "sha256": hash_file(f)} for k, f in FILES.items()}
+    facts = facts_of(options.model, FILES)
     if options.alias:
         facts["model"]["name"] = options.alias
     console = Console()

@@ -18,13 +18,6 @@ LAYOUT = PlaneLayout()
 
 
 @pytest.fixture(scope="module")
-def whole(tiny_model):
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
-
-
-@pytest.fixture(scope="module")
 def tokens():
     return torch.randint(2, 90, (12, 64), generator=torch.Generator().manual_seed(1))
 

@@ -53,34 +53,14 @@ _PRIOR_SLOPE = 0.35
 """Uncalibrated, drafts are taken to be kept with exp(-0.35 nats): the middle of small models."""
 
 
-class Mean:
-    """Mean of seconds, fading."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._weight = self._sum = 0.0
-
-    def add(self, seconds: float) -> None:
-        """Take in a step."""
-        if self.count:
-            seconds = min(seconds, _LONGEST * self.value)
-        self.count += 1
-        self._weight = _FORGET * self._weight + 1.0
-        self._sum = _FORGET * self._sum + seconds
-
-    @property
-    def value(self) -> float:
-        return self._sum / self._weight if self._weight else 0.0
-
-
-class PerToken:
-    """Seconds per token, fading."""
+class Seconds:
+    """Mean seconds of a token, or of a step that counts as one, fading."""
 
     def __init__(self) -> None:
         self.count = 0
         self._tokens = self._seconds = 0.0
 
-    def add(self, seconds: float, tokens: int) -> None:
+    def add(self, seconds: float, tokens: int = 1) -> None:
         """Take in a step that gave so many tokens."""
         if self.count:
             seconds = min(seconds, _LONGEST * self.value * max(tokens, 1))
@@ -177,10 +157,10 @@ class Times:
     steps more; else the better kind runs for so many.
     """
 
-    plain: PerToken = field(default_factory=PerToken)
-    drafted: PerToken = field(default_factory=PerToken)
-    step: Mean = field(default_factory=Mean)
-    draft: Mean = field(default_factory=Mean)
+    plain: Seconds = field(default_factory=Seconds)
+    drafted: Seconds = field(default_factory=Seconds)
+    step: Seconds = field(default_factory=Seconds)
+    draft: Seconds = field(default_factory=Seconds)
     row: Row = field(default_factory=Row)
     on: bool = True
     looking: bool = False
@@ -233,8 +213,10 @@ class Speculation:
 
     def length(self, sequences: int) -> int:
         """Tokens to draft at most, 0 to run a plain step."""
-        if self.gate == "fixed" or not sequences:
-            return self.most if sequences else 0
+        if not sequences:
+            return 0
+        if self.gate == "fixed":
+            return self.most
         if not self.clocked:
             return expected_best(self.greedy.mean, *self._relative(sequences), self.most)[0]
         times = self._of(sequences)
@@ -283,7 +265,7 @@ class Speculation:
     def forget_gains(self) -> None:
         """Drafts will be made otherwise from now on: what they gained is to be measured again."""
         for times in self.times.values():
-            times.drafted = PerToken()
+            times.drafted = Seconds()
 
     def book_draft(self, sequences: int, seconds: float) -> None:
         """One forward pass drafted for the sequences of a batch."""

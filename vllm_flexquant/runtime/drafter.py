@@ -36,7 +36,6 @@ class SelfDrafter(DraftModelProposer):
         super().__init__(vllm_config, device, runner)
         self.runner = runner
         self.speculation: SelfSpeculation | None = None
-        self._start = torch.arange(self.max_batch_size + 1, dtype=torch.int32, device=device)
         self._start_host = torch.arange(self.max_batch_size + 1, dtype=torch.int32)
 
     # ---- what vLLM asks of a proposer with a model
@@ -216,7 +215,7 @@ class SelfDrafter(DraftModelProposer):
             slot = blocks.gather(1, number).view(-1).long() * table.block_size
             slot += positions % table.block_size
             common = CommonAttentionMetadata(
-                query_start_loc=self._start[: count + 1],
+                query_start_loc=self.arange[: count + 1],
                 query_start_loc_cpu=self._start_host[: count + 1],
                 seq_lens=lengths,
                 num_reqs=count,
