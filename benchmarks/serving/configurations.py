@@ -7,34 +7,45 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.serving.checkpoints import SCHEMES, make_checkpoint
 from benchmarks.serving.engine import EngineSpec
 
 FLEX_ENGINE, FLEX_HEAD_ENGINE = "flexquant", "flexquant-bf16-output"
+CALIBRATED_ENGINE = "calibrated"
+BUDGETS = (0.01, 0.03, 0.1)
+"""Nats per token, asked of policy budget."""
 
 
 @dataclass(frozen=True)
 class Configuration:
     """One line of the results.
 
-    width: bits of every layer, in a flexquant engine. output_layer: whether it is quantized too.
-    limit: KL in nats per token above which the engine must be computing something else.
+    width: bits of every layer, in a flexquant engine. change: what such an engine is told. exact:
+    whether it should compute what planes rounded to nearest compute at that width, the output layer
+    among them; otherwise no worse. limit: KL in nats per token above which the engine must be
+    computing something else.
     """
 
     name: str
     label: str
     engine: str
     width: int | None = None
-    output_layer: bool = False
+    change: dict[str, Any] | None = None
+    exact: bool = False
     limit: float = 2.0
 
 
-def _flexquant(width: int, output_layer: bool) -> Configuration:
-    engine = FLEX_ENGINE if output_layer else FLEX_HEAD_ENGINE
-    suffix = "" if output_layer else ", bf16 output"
-    label = f"flexquant {width} bit{suffix}"
-    return Configuration(f"{engine}-{width}", label, engine, width, output_layer)
+def _static(engine: str, width: int, label: str, exact: bool = False) -> Configuration:
+    change = {"policy": "static", "width": width}
+    return Configuration(f"{engine}-{width}", label, engine, width, change, exact)
+
+
+def _budget(nats: float) -> Configuration:
+    change = {"policy": "budget", "signal": "probe", "budget": nats}
+    label = f"flexquant budget {nats:g}"
+    return Configuration(f"budget-{nats:g}", label, CALIBRATED_ENGINE, change=change)
 
 
 CONFIGURATIONS = {
@@ -45,8 +56,10 @@ CONFIGURATIONS = {
         Configuration("w8a8", "W8A8", "w8a8", limit=0.5),
         Configuration("w4a16", "W4A16", "w4a16"),
         Configuration("w4a16-weights-only", "W4A16, weights only", "w4a16-weights-only"),
-        *(_flexquant(width, output_layer=True) for width in (4, 6, 8)),
-        *(_flexquant(width, output_layer=False) for width in (4, 8)),
+        *(_static(FLEX_ENGINE, w, f"flexquant {w} bit", exact=True) for w in (4, 6, 8)),
+        *(_static(FLEX_HEAD_ENGINE, w, f"flexquant {w} bit, bf16 output") for w in (4, 8)),
+        *(_static(CALIBRATED_ENGINE, w, f"flexquant {w} bit, calibrated") for w in (4, 6, 8)),
+        *map(_budget, BUDGETS),
     )
 }
 
@@ -60,30 +73,53 @@ NOTES = (
     "flexquant quantizes the output layer too; W8A8 and W4A16 leave it in bf16, which is the "
     "default of llm-compressor. The configurations named '... bf16 output' leave it too "
     "(option output_layer=false).",
-    "All three widths of flexquant run in one engine, from one copy of the weights.",
+    "All three widths of flexquant run in one engine, from one copy of the weights; so do those of "
+    "the calibrated checkpoint and policy budget.",
     "With AMX, vLLM computes W4A16 checkpoints with int8 activations (VLLM_CPU_INT4_W4A8, on by "
     "default); 'W4A16, weights only' turns that off. engines.*.kernels says what ran.",
 )
 
 
-def default_names(flags: Sequence[str]) -> list[str]:
-    """All configurations that differ on a CPU with these flags (`provenance.machine`)."""
-    return [n for n in CONFIGURATIONS if n != "w4a16-weights-only" or "amx_tile" in flags]
+def default_names(flags: Sequence[str], calibrated: bool) -> list[str]:
+    """All configurations that differ on a CPU with these flags (`provenance.machine`).
+
+    Args:
+        calibrated: whether there is a calibrated checkpoint.
+    """
+    return [
+        name
+        for name, configuration in CONFIGURATIONS.items()
+        if (name != "w4a16-weights-only" or "amx_tile" in flags)
+        and (calibrated or configuration.engine != CALIBRATED_ENGINE)
+    ]
 
 
 def engine_specs(
-    model: str, names: Sequence[str], folder: Path, compiled: bool
+    model: str,
+    names: Sequence[str],
+    folder: Path,
+    compiled: bool,
+    calibrated: Path | None = None,
 ) -> dict[str, EngineSpec]:
     """The engines of the configurations `names`; checkpoints that they need are made in `folder`.
 
     Args:
         model: folder of an unquantized checkpoint.
+        calibrated: one of it that `flexquant quantize` calibrated, for the configurations that
+            need it.
+
+    Raises:
+        ValueError: one of them needs it and it is None.
     """
     specs = {}
     for engine in dict.fromkeys(CONFIGURATIONS[name].engine for name in names):
         served, dtype, arguments, environ = model, "bfloat16", {}, {}
         if engine == "fp32":
             dtype = "float32"
+        elif engine == CALIBRATED_ENGINE:
+            if calibrated is None:
+                raise ValueError(f"{names} need a calibrated checkpoint, and none is named")
+            served = str(calibrated)
         elif engine.startswith("flexquant"):
             arguments["quantization"] = "flexquant"
             quantized = json.dumps(engine == FLEX_ENGINE)

@@ -8,12 +8,14 @@ each is answered by one line on what was standard output at the start (vLLM's ow
 standard error). The process ends with its input, or with the process that started it. The engine
 core runs in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0) and computes on all cores it may use.
 
-    {"do": "decode", "prompts": [[ids]], "tokens": n, "width": bits | null}
+    {"do": "decode", "prompts": [[ids]], "tokens": n, "change": {} | null}
     {"do": "answer", "prompts": [[ids]], "tokens": n, "temperature": t, "seed": n, "change": {}}
-    {"do": "prefill", "prompt": [ids], "width": bits | null}
+    {"do": "prefill", "prompt": [ids], "change": {} | null}
     {"do": "force", "run": name, "sequences": file, "reference": file, "record": file, "rows": n,
-     "width": bits | null}
-    {"do": "profile", "prompts": [[ids]], "tokens": n, "trace_tokens": n, "width": bits | null}
+     "change": {} | null}
+    {"do": "profile", "prompts": [[ids]], "tokens": n, "trace_tokens": n, "change": {} | null}
+
+`change` is what flexquant is told first, as in `POST /v1/flexquant`; null for other engines.
 """
 
 from __future__ import annotations
@@ -41,7 +43,15 @@ ENVIRON = {
 
 PR_SET_PDEATHSIG = 1
 
+FRESH = {"policy": "budget", "budget": 1.0, "signal": "probe", "target_ms": None}
+"""A budget like no other: an account that is asked for anything else afterwards begins anew."""
+
 MAX_ROWS = 16
+"""Most requests at a time, where a benchmark says nothing else."""
+
+MAX_SEQS = 32
+"""Most that an engine takes."""
+
 MAX_MODEL_LEN = 1024
 
 
@@ -75,7 +85,7 @@ class Engine:
             dtype=spec.dtype,
             enforce_eager=not spec.compiled,
             max_model_len=MAX_MODEL_LEN,
-            max_num_seqs=MAX_ROWS,
+            max_num_seqs=MAX_SEQS,
             # prompts come again each round; a cached one would cost nothing
             enable_prefix_caching=False,
             seed=0,
@@ -98,10 +108,13 @@ class Engine:
             "kernels": dict(Counter(linear_kernels(self.runner.model))),
         }
 
-    def set_width(self, width: int | None) -> None:
-        """Run all layers at `width` bits from the next step on; None: not a flexquant engine."""
-        if width is not None:
-            self.set_policy({"policy": "static", "width": width})
+    def use(self, change: dict[str, Any] | None) -> None:
+        """Take up a policy, with an account of its own; None: not a flexquant engine."""
+        if change is None:
+            return
+        if change.get("policy") == "budget":
+            self.set_policy(FRESH)
+        self.set_policy(change)
 
     def set_policy(self, change: dict[str, Any]) -> None:
         """As `POST /v1/flexquant`, from the next step on."""
@@ -183,10 +196,10 @@ class Engine:
         }
 
     def decode(
-        self, prompts: Sequence[Sequence[int]], tokens: int, width: int | None
+        self, prompts: Sequence[Sequence[int]], tokens: int, change: dict[str, Any] | None
     ) -> dict[str, Any]:
         """Seconds of the decode steps, after a few that warm the caches."""
-        self.set_width(width)
+        self.use(change)
         list(self.steps(prompts, 4))
         return {"steps": list(self.steps(prompts, tokens))[1:]}
 
@@ -194,9 +207,9 @@ class Engine:
         """What the engine's status says of its drafts; empty where it does not speculate."""
         return self.llm.collective_rpc("flexquant_status")[0]["speculation"] or {}
 
-    def prefill(self, prompt: Sequence[int], width: int | None) -> dict[str, Any]:
+    def prefill(self, prompt: Sequence[int], change: dict[str, Any] | None) -> dict[str, Any]:
         """Seconds from the request to its first token, three times after one that warms."""
-        self.set_width(width)
+        self.use(change)
         runs = [list(self.steps([prompt], 1)) for _ in range(4)]
         return {"seconds": [seconds for (seconds,) in runs[1:]]}
 
@@ -207,7 +220,7 @@ class Engine:
         reference: str,
         record: str,
         rows: int,
-        width: int | None,
+        change: dict[str, Any] | None,
     ) -> dict[str, Any]:
         """Decode the given text, and record the KL of each token.
 
@@ -220,7 +233,7 @@ class Engine:
         from benchmarks.quality.engine import decode
         from benchmarks.quality.sequences import load_sequences
 
-        self.set_width(width)
+        self.use(change)
         os.environ |= {teacher_forcing.REFERENCE: reference, teacher_forcing.RECORD: record}
         config = self.llm.llm_engine.vllm_config
         processor = teacher_forcing.TeacherForcing(config, torch.device("cpu"), False)
@@ -232,12 +245,16 @@ class Engine:
             processors.remove(processor)
 
     def profile(
-        self, prompts: Sequence[Sequence[int]], tokens: int, trace_tokens: int, width: int | None
+        self,
+        prompts: Sequence[Sequence[int]],
+        tokens: int,
+        trace_tokens: int,
+        change: dict[str, Any] | None,
     ) -> dict[str, Any]:
         """As `benchmarks.serving.owners.profile`."""
         from benchmarks.serving import owners
 
-        self.set_width(width)
+        self.use(change)
         return owners.profile(self, prompts, tokens, trace_tokens)
 
 

@@ -52,7 +52,7 @@ def measure(
         reference=str(folder / "reference.npy"),
         record=str(folder / "records.jsonl"),
         rows=ROWS,
-        width=configuration.width,
+        change=configuration.change,
     )
     return scored(read_records(folder / "records.jsonl", configuration.name), sequences)
 
@@ -67,8 +67,8 @@ def judge(
     A configuration's KL must be under its limit. That of flexquant must also be the plain
     implementation's with int8 activations at that width: by `agreement`, or as a distance, for
     which the square root of a small KL stands, not further from it than bf16 is from the reference
-    (plain arithmetic in fp32 does not round to bf16). With an unquantized output layer it must not
-    be above it by more.
+    (plain arithmetic in fp32 does not round to bf16). With an unquantized output layer, or
+    calibrated, it must not be above it by more.
 
     Args:
         kl: nats of each scored token, by configuration; `bf16` among them.
@@ -85,7 +85,7 @@ def judge(
             plain = planes[str(configuration.width)]["int8"]["kl"]
             expected = fsum(plain) / len(plain)
             further = sqrt(mean) - sqrt(expected)
-            if not configuration.output_layer:
+            if not configuration.exact:
                 further = max(further, 0.0)
             if not agreement(values, plain)["agrees"] and not abs(further) <= rounding:
                 wrong[configuration.name] = (

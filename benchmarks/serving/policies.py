@@ -31,7 +31,7 @@ from benchmarks.provenance import provenance, write_json
 from benchmarks.quality.budget import ASKED, LEVEL_KL, OTHERS, nearest_level
 from benchmarks.quality.sequences import TEXT
 from benchmarks.serving import owners
-from benchmarks.serving.engine import ENVIRON, MAX_ROWS, Engine, EngineSpec
+from benchmarks.serving.engine import ENVIRON, FRESH, MAX_ROWS, Engine, EngineSpec
 from benchmarks.serving.run import PROMPT, RESULTS
 from vllm_flexquant.runtime import ladder
 
@@ -103,8 +103,8 @@ def measure_steps(
 
 
 def use(engine: Engine, options: dict[str, Any]) -> None:
-    """Take up a policy, with an account of its own."""
-    engine.set_policy({"policy": "budget", "budget": 1.0, "signal": "probe", "target_ms": None})
+    """Take up a policy, with an account of its own and without a target."""
+    engine.set_policy(FRESH)
     engine.set_policy(options)
 
 

@@ -123,7 +123,7 @@ def main() -> None:
                             prompts=prompts[:batch],
                             tokens=options.tokens,
                             trace_tokens=TRACE_TOKENS,
-                            width=configuration.width,
+                            change=configuration.change,
                         )
         except EngineError as error:
             raise SystemExit(str(error)) from None

@@ -36,7 +36,7 @@ from benchmarks.serving.configurations import (
     default_names,
     engine_specs,
 )
-from benchmarks.serving.engine import MAX_ROWS
+from benchmarks.serving.engine import MAX_SEQS
 from benchmarks.serving.load import Watch
 from benchmarks.serving.plot import plot_speeds
 from benchmarks.serving.process import EngineError, EngineProcess, running
@@ -49,7 +49,7 @@ from benchmarks.serving.summary import (
 )
 from demo.get_model import ModelError, get_model
 
-BATCHES = (1, 4, MAX_ROWS)
+BATCHES = (1, 4, 16, MAX_SEQS)
 PROMPT, TOKENS, PREFILL = 32, 64, 256
 SCORED_PROMPT, SCORED_TOKENS = 16, 97
 RESULTS = ROOT / "benchmarks" / "results"
@@ -61,6 +61,7 @@ def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Tokens per second in vLLM on a CPU.")
     parser.add_argument("--model", help="unquantized checkpoint folder (default: the demo's model)")
+    parser.add_argument("--calibrated", type=Path, help="calibrated checkpoint of it")
     parser.add_argument("--quick", action="store_true", help="2 rounds, 4 configurations")
     parser.add_argument("--compiled", action="store_true", help="torch.compile in every engine")
     parser.add_argument("--rounds", type=int)
@@ -75,13 +76,13 @@ def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     parts = (options.quick, options.configurations, options.batches, options.rounds is not None)
     options.batches = options.batches or list(BATCHES)
-    if min(options.batches) < 1 or max(options.batches) > MAX_ROWS:
-        parser.error(f"--batches: {options.batches} are not all from 1 to {MAX_ROWS}")
+    if min(options.batches) < 1 or max(options.batches) > MAX_SEQS:
+        parser.error(f"--batches: {options.batches} are not all from 1 to {MAX_SEQS}")
     if options.out is None:
         folder = ROOT / "benchmarks" / "out" if any(parts) else RESULTS
         options.out = folder / f"serving-cpu{'-compiled' if options.compiled else ''}.json"
     names = options.configurations or (
-        QUICK if options.quick else default_names(machine()["flags"])
+        QUICK if options.quick else default_names(machine()["flags"], options.calibrated is not None)
     )
     # everything is compared with bf16
     options.configurations = list(dict.fromkeys(["bf16", *names]))
@@ -105,7 +106,7 @@ def measure(
         By batch and configuration, the decode steps of each round; by configuration, the seconds
         to the first token of each round; who else used the CPU.
     """
-    prompts = [list(tokens[i * PROMPT : (i + 1) * PROMPT]) for i in range(MAX_ROWS)]
+    prompts = [list(tokens[i * PROMPT : (i + 1) * PROMPT]) for i in range(MAX_SEQS)]
     long_prompt = list(tokens[-PREFILL:])
     names = [c.name for c in configurations]
     decode: dict[int, dict[str, list[list[float]]]] = {
@@ -121,12 +122,12 @@ def measure(
                         "decode",
                         prompts=prompts[:batch],
                         tokens=TOKENS,
-                        width=configuration.width,
+                        change=configuration.change,
                     )
                 decode[batch][configuration.name].append(answer["steps"])
         for configuration in shuffled(configurations, f"{number} prefill"):
             with watch.measuring(configuration.engine) as engine:
-                answer = engine.ask("prefill", prompt=long_prompt, width=configuration.width)
+                answer = engine.ask("prefill", prompt=long_prompt, change=configuration.change)
             prefill[configuration.name].append(median(answer["seconds"]))
         console.print(f"  round {number + 1} of {options.rounds}")
     return decode, prefill, watch.summary()
@@ -260,7 +261,11 @@ def main() -> None:
         folder = Path(temporary)
         console.print("checkpoints and reference")
         specs = engine_specs(
-            model, options.configurations, options.checkpoints or folder, options.compiled
+            model,
+            options.configurations,
+            options.checkpoints or folder,
+            options.compiled,
+            options.calibrated,
         )
         planes = gate.references(model, configurations, sequences, folder)
         console.print(f"engines: {', '.join(specs)}")

@@ -31,17 +31,17 @@ def test_stock_vllm_serves_the_checkpoint_and_is_profiled(engine):
     assert "Unquantized" in output
     assert engine.facts["compilation"] == "NONE"
 
-    steps = engine.ask("decode", prompts=PROMPTS, tokens=6, width=None)["steps"]
+    steps = engine.ask("decode", prompts=PROMPTS, tokens=6, change=None)["steps"]
     assert len(steps) == 5
     assert all(second > 0 for second in steps)
-    prefill = engine.ask("prefill", prompt=PROMPTS[0] * 8, width=None)["seconds"]
+    prefill = engine.ask("prefill", prompt=PROMPTS[0] * 8, change=None)["seconds"]
     assert [second > 0 for second in prefill] == [True] * 3
 
     used = engine.cpu_seconds()
     time.sleep(1)
     assert engine.cpu_seconds() - used < 0.05  # an engine that waits leaves the cores alone
 
-    profile = engine.ask("profile", prompts=PROMPTS, tokens=12, trace_tokens=2, width=None)
+    profile = engine.ask("profile", prompts=PROMPTS, tokens=12, trace_tokens=2, change=None)
     owners = profile["owners"]
     assert set(owners) == {owner for owner in OWNERS if not owner.startswith(OURS)}
     assert sum(entry["share"] for entry in owners.values()) == pytest.approx(1)
