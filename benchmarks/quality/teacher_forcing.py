@@ -10,10 +10,14 @@ next token is taken away. Requests say what to decode in `SamplingParams.extra_a
     force_id      str: a sequence of the reference
     force_tokens  list[int]: tokens that must follow the prompt
     force_run     str, optional: copied into the records
+    force_every   int, optional: of how many forced tokens one is compared and recorded (default: 1,
+                  all of them). Comparing takes time, about that of reading the logits eight times;
+                  where time is measured too, a sample is enough. Which ones differs by sequence.
 
 Environment: BENCH_REFERENCE names the .npy of reference log-probabilities [tokens, vocabulary],
 whose index lies beside it (`benchmarks.quality.reference` writes both); BENCH_RECORD names the
-.jsonl to which a line is added per forced token.
+.jsonl to which a line is added per recorded token. Where BENCH_REFERENCE is not set nothing is
+compared: any text can be forced, and a line has the token's negative log-likelihood alone.
 
 For one tensor-parallel rank: each rank would write its own lines.
 """
@@ -22,6 +26,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -85,6 +90,11 @@ class Forced:
     run: str
     tokens: list[int]
     output: list[int]
+    every: int = 1
+
+    def is_recorded(self, position: int) -> bool:
+        """Whether the token at `position` is one of the sample."""
+        return (position + zlib.crc32(self.id.encode())) % self.every == 0
 
 
 class TeacherForcing(LogitsProcessor):
@@ -93,7 +103,7 @@ class TeacherForcing(LogitsProcessor):
     def __init__(
         self, vllm_config: VllmConfig | None, device: torch.device, is_pin_memory: bool
     ) -> None:
-        self._reference = open_reference(setting(REFERENCE))
+        self._reference = open_reference(path) if (path := os.environ.get(REFERENCE)) else None
         self._record: TextIO = open(setting(RECORD), "a", encoding="utf-8")  # noqa: SIM115
         self._requests: dict[int, Forced] = {}
 
@@ -103,11 +113,18 @@ class TeacherForcing(LogitsProcessor):
         extra = sampling_params.extra_args or {}
         if not {"force_id", "force_tokens"} & extra.keys():
             return
+        every = extra.get("force_every", 1)
+        if type(every) is not int or every < 1:
+            raise ValueError(f"vllm_xargs: force_every is {every!r}; give a whole number above 0")
         name, tokens = extra.get("force_id"), extra.get("force_tokens")
         if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
             raise ValueError("vllm_xargs: force_tokens must be a list of token ids")
-        spans = open_reference(setting(REFERENCE)).spans
-        if not isinstance(name, str) or name not in spans:
+        if not isinstance(name, str):
+            raise ValueError(f"vllm_xargs: force_id is {name!r}; give a name")
+        if not (path := os.environ.get(REFERENCE)):
+            return
+        spans = open_reference(path).spans
+        if name not in spans:
             raise ValueError(f"vllm_xargs: force_id is {name!r}, which the reference does not hold")
         if len(tokens) > spans[name][1]:
             raise ValueError(
@@ -130,7 +147,8 @@ class TeacherForcing(LogitsProcessor):
             extra = (params.extra_args or {}) if params is not None else {}
             if "force_tokens" in extra:
                 run = str(extra.get("force_run", ""))
-                requests[row] = Forced(extra["force_id"], run, extra["force_tokens"], output)
+                every = extra.get("force_every", 1)
+                requests[row] = Forced(extra["force_id"], run, extra["force_tokens"], output, every)
         for source, target, direction in batch_update.moved:
             moving, displaced = requests.pop(source, None), requests.pop(target, None)
             if moving is not None:
@@ -147,27 +165,38 @@ class TeacherForcing(LogitsProcessor):
         ]
         if not active:
             return logits
+        chosen = [entry for entry in active if entry[1].is_recorded(entry[2])]
+        if chosen:
+            self._write(chosen, logits)
         rows = torch.tensor([row for row, _, _ in active], device=logits.device)
         wanted = [request.tokens[position] for _, request, position in active]
-        served = torch.log_softmax(logits[rows].float(), dim=-1)
-        reference = self._reference.at([(r.id, position) for _, r, position in active])
-        reference = reference.to(logits.device)
-        if reference.shape != served.shape:
-            raise ValueError(
-                f"the reference has a vocabulary of {reference.shape[1]}, the served model one of "
-                f"{served.shape[1]}; compute the reference from the model that is served"
-            )
-        kl, same = compare(reference, served)
-        columns = torch.tensor(wanted, device=logits.device)
-        nll = -served.gather(1, columns.unsqueeze(1)).squeeze(1)
-        nll_reference = -reference.gather(1, columns.unsqueeze(1)).squeeze(1)
-        top = reference.amax(-1).exp()
-        measured = (kl.tolist(), same.tolist(), nll.tolist(), nll_reference.tolist(), top.tolist())
-        for (_, request, position), *values in zip(active, *measured, strict=True):
-            names = ("kl", "top1", "nll", "nll_reference", "reference_top")
-            line = {"run": request.run, "id": request.id, "position": position}
-            self._record.write(json.dumps(line | dict(zip(names, values, strict=True))) + "\n")
-        self._record.flush()
         logits[rows] = -torch.inf
-        logits[rows, columns] = 0.0
+        logits[rows, torch.tensor(wanted, device=logits.device)] = 0.0
         return logits
+
+    def _write(self, chosen: list[tuple[int, Forced, int]], logits: torch.Tensor) -> None:
+        """Add a line for each row, request and position."""
+        device = logits.device
+        rows = torch.tensor([row for row, _, _ in chosen], device=device)
+        columns = torch.tensor([r.tokens[position] for _, r, position in chosen], device=device)
+        served = torch.log_softmax(logits[rows].float(), dim=-1)
+        measured = {"nll": -served.gather(1, columns.unsqueeze(1)).squeeze(1)}
+        if self._reference is not None:
+            places = [(request.id, position) for _, request, position in chosen]
+            reference = self._reference.at(places).to(device)
+            if reference.shape != served.shape:
+                raise ValueError(
+                    f"the reference has a vocabulary of {reference.shape[1]}, the served model one "
+                    f"of {served.shape[1]}; compute the reference from the model that is served"
+                )
+            kl, same = compare(reference, served)
+            nll_reference = -reference.gather(1, columns.unsqueeze(1)).squeeze(1)
+            top = reference.amax(-1).exp()
+            measured = {"kl": kl, "top1": same, **measured}
+            measured |= {"nll_reference": nll_reference, "reference_top": top}
+        lists = {name: values.tolist() for name, values in measured.items()}
+        for i, (_, request, position) in enumerate(chosen):
+            line = {"run": request.run, "id": request.id, "position": position}
+            line |= {name: values[i] for name, values in lists.items()}
+            self._record.write(json.dumps(line) + "\n")
+        self._record.flush()

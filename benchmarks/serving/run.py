@@ -82,7 +82,9 @@ def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         folder = ROOT / "benchmarks" / "out" if any(parts) else RESULTS
         options.out = folder / f"serving-cpu{'-compiled' if options.compiled else ''}.json"
     names = options.configurations or (
-        QUICK if options.quick else default_names(machine()["flags"], options.calibrated is not None)
+        QUICK
+        if options.quick
+        else default_names(machine()["flags"], options.calibrated is not None)
     )
     # everything is compared with bf16
     options.configurations = list(dict.fromkeys(["bf16", *names]))

@@ -152,7 +152,36 @@ def test_another_vocabulary_is_told(processor):
         processor.apply(torch.zeros(1, 12))
 
 
+@pytest.mark.parametrize("every", [0, "2", 1.5])
+def test_a_sample_of_no_tokens_is_refused(reference, every):
+    with pytest.raises(ValueError, match="force_every is"):
+        TeacherForcing.validate_params(params("a", force_every=every))
+
+
+def test_a_sample_forces_all_and_records_some(processor, tmp_path):
+    output: list[int] = []
+    processor.update_state(
+        update(1, added=[(0, params("a", force_run="x", force_every=3), [5], output)])
+    )
+    for token in TOKENS["a"]:
+        assert forced(processor.apply(torch.zeros(1, VOCABULARY))) == [token]
+        output.append(token)
+    assert len(read_records(tmp_path / "records.jsonl", "x")) == 1
+
+
+def test_without_a_reference_any_text_is_forced(processor, monkeypatch, tmp_path):
+    monkeypatch.delenv("BENCH_REFERENCE")
+    plain = TeacherForcing(None, torch.device("cpu"), False)
+    request = SamplingParams(extra_args={"force_id": "new", "force_tokens": [7, 2]})
+    TeacherForcing.validate_params(request)
+    plain.update_state(update(1, added=[(0, request, [1], [])]))
+    assert forced(plain.apply(torch.zeros(1, VOCABULARY))) == [7]
+    (record,) = read_records(tmp_path / "records.jsonl", "").values()
+    assert record["nll"] == pytest.approx(np.log(VOCABULARY))
+    assert "kl" not in record
+
+
 def test_environment_is_asked_for(monkeypatch):
-    monkeypatch.delenv("BENCH_REFERENCE", raising=False)
-    with pytest.raises(ValueError, match="needs the environment variable BENCH_REFERENCE"):
+    monkeypatch.delenv("BENCH_RECORD", raising=False)
+    with pytest.raises(ValueError, match="needs the environment variable BENCH_RECORD"):
         TeacherForcing(None, torch.device("cpu"), False)
