@@ -4,12 +4,14 @@ VENV ?= .venv
 PYTHON ?= python3
 TORCH_INDEX ?=
 ARGS ?=
+QUICK ?=
+TRACE ?=
 
 BIN := $(abspath $(VENV))/bin
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test test-fast aot sanitize lint format clean
+.PHONY: help setup demo test test-fast bench report aot sanitize lint format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -17,7 +19,9 @@ help: ## this list
 	@echo "  VENV=$(VENV)  the environment that is built and used"
 	@echo "  PYTHON=$(PYTHON)  the Python that builds it"
 	@echo "  TORCH_INDEX=$(TORCH_INDEX)  index of PyTorch's CPU wheels, where pip is not set up to find them"
-	@echo "  ARGS=$(ARGS)  more arguments for demo, test, test-fast, aot and sanitize"
+	@echo "  ARGS=$(ARGS)  more arguments for demo, test, test-fast, bench, report, aot and sanitize"
+	@echo "  QUICK=$(QUICK)  anything: make bench takes ten minutes"
+	@echo "  TRACE=$(TRACE)  CSV file of arrival times and lengths that make bench replays"
 
 setup: ## build the environment when it is missing or out of date
 	@TORCH_INDEX='$(TORCH_INDEX)' $(PYTHON) tools/setup_env.py --venv '$(VENV)'
@@ -30,6 +34,12 @@ test: setup ## all tests
 
 test-fast: setup ## the tests that start no vLLM engine
 	$(BIN)/python -m pytest -m 'not engine' $(ARGS)
+
+bench: setup ## all measurements and their report: an hour on 2 cores, and calibration before it; QUICK=1 ten minutes
+	$(BIN)/python -m benchmarks.bench $(if $(QUICK),--quick) $(if $(TRACE),--trace '$(TRACE)') $(ARGS)
+
+report: setup ## make the report and the README's tables anew, of results that are there
+	$(BIN)/python -m benchmarks.report --readme $(ARGS)
 
 aot: setup ## compile the Triton kernels for GPUs that are not here, under each Triton
 	$(BIN)/python tools/check_triton.py $(ARGS)
