@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -31,6 +32,15 @@ CPU_FLAGS = (
     "amx_tile",
 )
 """What decides which kernels can run."""
+
+VECTORS = (
+    ("amx_int8", "amx"),
+    ("avx512_vnni", "avx512-vnni"),
+    ("avx_vnni", "avx-vnni"),
+    ("avx512f", "avx512"),
+    ("avx2", "avx2"),
+)
+"""Flags of /proc/cpuinfo, the best first, and what they are called in names of folders."""
 
 
 def provenance(model: str | Path | None = None, text: Path | None = None) -> dict[str, Any]:
@@ -116,6 +126,15 @@ def machine() -> dict[str, Any]:
         "load_average": [round(load, 2) for load in os.getloadavg()],
         "system": platform.platform(),
     }
+
+
+def machine_name() -> str:
+    """What a folder of results is called by: processor, cores and the best vectors it has."""
+    facts = machine()
+    best = next((name for flag, name in VECTORS if flag in facts["flags"]), "")
+    words = re.sub(r"\(.*?\)|@.*|\b(cpu|processor|core)\b", " ", facts["cpu"], flags=re.IGNORECASE)
+    parts = [*re.findall(r"[a-z0-9]+", words.lower()), f"{facts['cores']}-cores", best]
+    return "-".join(filter(None, parts))
 
 
 def hash_file(path: Path) -> str:
