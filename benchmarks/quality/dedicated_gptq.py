@@ -17,8 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -29,6 +27,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from benchmarks.environment import ToolError, build_environment, run_logged
 from benchmarks.provenance import ROOT, hash_file, hash_model
 from vllm_flexquant.quantize.calibration import BUILT_IN, cut_tokens, load_tokenizer, read_text
 
@@ -125,45 +124,22 @@ class Dedicated:
         return f"remove {FACTS} there and make it again"
 
 
-def build_environment(venv: Path) -> Path:
+def tool_environment(venv: Path) -> Path:
     """The environment's Python; installs what is pinned above unless it is there.
 
     Raises:
         SystemExit: an environment that is not ours, or pip failed.
     """
-    python, stamp = venv / "bin" / "python", venv / STAMP
-    wanted = json.dumps([TORCH, *PACKAGES])
-    if stamp.is_file() and stamp.read_text() == wanted and os.access(python, os.X_OK):
-        return python
-    if venv.exists() and not stamp.is_file() and any(venv.iterdir()):
-        raise SystemExit(f"{venv} was not built by this script; remove it or give another --venv")
-    print(f"building {venv}")
-    venv.mkdir(parents=True, exist_ok=True)
-    stamp.write_text("")
-    log = venv / "pip.log"
-    base = getattr(sys, "_base_executable", None) or sys.executable
-    _logged([base, "-m", "venv", str(venv)], log, "make an environment with a Python that has venv")
-    pip = [str(python), "-m", "pip", "install"]
     index = os.environ.get("TORCH_INDEX")
     where = ["--index-url", index, "--no-deps"] if index else []
-    remedy = "set TORCH_INDEX to PyTorch's index of CPU wheels if pip finds no such build"
-    _logged([*pip, *where, TORCH], log, remedy)
-    _logged([*pip, TORCH, *PACKAGES], log, "see that pip can reach its index")
-    stamp.write_text(wanted)
-    return python
-
-
-def _logged(command: list[str], log: Path, remedy: str) -> None:
-    with log.open("a", encoding="utf-8") as file:
-        # it must find its own packages and no others
-        environ = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-        run = subprocess.run(command, stdout=file, stderr=file, env=environ, check=False)
-    if run.returncode:
-        end = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-10:])
-        raise SystemExit(
-            f"{' '.join(command[:3])} ended with {run.returncode}: {remedy}. The log is {log}, "
-            f"its end:\n{end}"
-        )
+    remedy = (
+        "see that pip can reach its index; set TORCH_INDEX to PyTorch's index of CPU wheels if pip "
+        f"finds no {TORCH}"
+    )
+    try:
+        return build_environment(venv, STAMP, [[*where, TORCH], [TORCH, *PACKAGES]], remedy)
+    except ToolError as error:
+        raise SystemExit(str(error)) from None
 
 
 def settings_of(options: argparse.Namespace, text_sha256: str) -> dict[str, Any]:
@@ -215,7 +191,7 @@ def main() -> None:
     if is_complete(options.out, settings):
         print(f"{options.out} is complete")
         return
-    python = build_environment(options.venv.absolute())
+    python = tool_environment(options.venv.absolute())
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.out) as scratch:
         given, weights, facts = (Path(scratch) / n for n in ("tokens", WEIGHTS, "facts.json"))
@@ -227,7 +203,10 @@ def main() -> None:
         log = options.out / LOG
         print(f"{PACKAGES[0]} on {tokens.numel()} tokens; its log is {log}")
         log.unlink(missing_ok=True)
-        _logged([str(python), str(WORKER), str(order)], log, "see its log")
+        try:
+            run_logged([str(python), str(WORKER), str(order)], log, "see its log")
+        except ToolError as error:
+            raise SystemExit(str(error)) from None
         write(options.out, weights, settings, json.loads(facts.read_text()), tokens)
     print(f"written to {options.out}")
 

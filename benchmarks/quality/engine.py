@@ -70,12 +70,18 @@ def agreement(engine: Sequence[float], plain: Sequence[float]) -> dict[str, Any]
 def compute_references(
     model: str, sequences: Sequence[TokenSequence], folder: Path, widths: Sequence[int], dtype: str
 ) -> dict[str, Any]:
-    """Run `benchmarks.quality.reference` as its own process; returns what `planes.json` holds."""
+    """Run `benchmarks.quality.reference` as its own process.
+
+    Returns:
+        what `planes.json` holds: the plain implementation at `widths`; nothing without widths.
+    """
     save_sequences(folder / "sequences.json", sequences)
     command = [sys.executable, "-m", "benchmarks.quality.reference", "--model", model]
     command += ["--sequences", str(folder / "sequences.json"), "--out", str(folder)]
     command += ["--widths", *map(str, widths), "--weights-dtype", dtype]
     subprocess.run(command, cwd=ROOT, check=True)
+    if not widths:
+        return {}
     return json.loads((folder / "planes.json").read_text(encoding="utf-8"))
 
 

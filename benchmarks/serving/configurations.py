@@ -9,11 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.environment import ToolError
+from benchmarks.peers import llama
 from benchmarks.serving.checkpoints import SCHEMES, make_checkpoint
 from benchmarks.serving.engine import EngineSpec
 
 FLEX_ENGINE, FLEX_HEAD_ENGINE = "flexquant", "flexquant-bf16-output"
 CALIBRATED_ENGINE = "calibrated"
+LLAMA = "llama-"
+"""What names of configurations and engines of llama.cpp begin with."""
+
 BUDGETS = (0.01, 0.03, 0.1)
 """Nats per token, asked of policy budget."""
 
@@ -25,7 +30,7 @@ class Configuration:
     width: bits of every layer, in a flexquant engine. change: what such an engine is told. exact:
     whether it should compute what planes rounded to nearest compute at that width, the output layer
     among them; otherwise no worse. limit: KL in nats per token above which the engine must be
-    computing something else.
+    computing something else. asked: of policy budget, nats per token.
     """
 
     name: str
@@ -35,6 +40,7 @@ class Configuration:
     change: dict[str, Any] | None = None
     exact: bool = False
     limit: float = 2.0
+    asked: float | None = None
 
 
 def _static(engine: str, width: int, label: str, exact: bool = False) -> Configuration:
@@ -42,10 +48,15 @@ def _static(engine: str, width: int, label: str, exact: bool = False) -> Configu
     return Configuration(f"{engine}-{width}", label, engine, width, change, exact)
 
 
+def _llama(kind: str) -> Configuration:
+    limit = 0.05 if kind == llama.F16 else 2.0
+    return Configuration(LLAMA + kind, f"llama.cpp {kind.upper()}", LLAMA + kind, limit=limit)
+
+
 def _budget(nats: float) -> Configuration:
     change = {"policy": "budget", "signal": "probe", "budget": nats}
     label = f"flexquant budget {nats:g}"
-    return Configuration(f"budget-{nats:g}", label, CALIBRATED_ENGINE, change=change)
+    return Configuration(f"budget-{nats:g}", label, CALIBRATED_ENGINE, change=change, asked=nats)
 
 
 CONFIGURATIONS = {
@@ -60,10 +71,15 @@ CONFIGURATIONS = {
         *(_static(FLEX_HEAD_ENGINE, w, f"flexquant {w} bit, bf16 output") for w in (4, 8)),
         *(_static(CALIBRATED_ENGINE, w, f"flexquant {w} bit, calibrated") for w in (4, 6, 8)),
         *map(_budget, BUDGETS),
+        *map(_llama, llama.TYPES),
     )
 }
 
-QUICK = ("bf16", "w8a8", "flexquant-4", "flexquant-8")
+QUICK = (
+    *("bf16", "w8a8", "w4a16", "flexquant-8", "flexquant-4"),
+    *("calibrated-8", "calibrated-6", "calibrated-4", "budget-0.03"),
+    *("llama-q8_0", "llama-q4_0"),
+)
 
 NOTES = (
     "Engines run eagerly unless settings.compiled is true, each in a process of its own with the "
@@ -75,22 +91,26 @@ NOTES = (
     "(option output_layer=false).",
     "All three widths of flexquant run in one engine, from one copy of the weights; so do those of "
     "the calibrated checkpoint and policy budget.",
+    "llama.cpp's engines are processes of their own too, on the same cores, with its defaults: "
+    "sequences at a time are one batch.",
     "With AMX, vLLM computes W4A16 checkpoints with int8 activations (VLLM_CPU_INT4_W4A8, on by "
     "default); 'W4A16, weights only' turns that off. engines.*.kernels says what ran.",
 )
 
 
-def default_names(flags: Sequence[str], calibrated: bool) -> list[str]:
+def default_names(flags: Sequence[str], calibrated: bool, quick: bool = False) -> list[str]:
     """All configurations that differ on a CPU with these flags (`provenance.machine`).
 
     Args:
         calibrated: whether there is a calibrated checkpoint.
+        quick: only those of `QUICK`.
     """
     return [
         name
         for name, configuration in CONFIGURATIONS.items()
-        if (name != "w4a16-weights-only" or "amx_tile" in flags)
-        and (calibrated or configuration.engine != CALIBRATED_ENGINE)
+        if not quick or name in QUICK
+        if name != "w4a16-weights-only" or "amx_tile" in flags
+        if (calibrated or configuration.engine != CALIBRATED_ENGINE)
     ]
 
 
@@ -100,6 +120,8 @@ def engine_specs(
     folder: Path,
     compiled: bool,
     calibrated: Path | None = None,
+    unavailable: dict[str, str] | None = None,
+    build: bool = False,
 ) -> dict[str, EngineSpec]:
     """The engines of the configurations `names`; checkpoints that they need are made in `folder`.
 
@@ -107,15 +129,29 @@ def engine_specs(
         model: folder of an unquantized checkpoint.
         calibrated: one of it that `flexquant quantize` calibrated, for the configurations that
             need it.
+        unavailable: gets the reason of each engine that cannot be had, which is then left out.
+        build: whether llama.cpp is built where it is missing, which takes long.
 
     Raises:
-        ValueError: one of them needs it and it is None.
+        ValueError: a configuration needs a calibrated checkpoint and it is None.
     """
     specs = {}
     for engine in dict.fromkeys(CONFIGURATIONS[name].engine for name in names):
         served, dtype, arguments, environ = model, "bfloat16", {}, {}
+        command: tuple[str, ...] = ()
         if engine == "fp32":
             dtype = "float32"
+        elif engine.startswith(LLAMA):
+            dtype = engine.removeprefix(LLAMA)
+            try:
+                tool = llama.python(build)
+                served = str(llama.gguf_file(Path(model), dtype, tool))
+            except ToolError as error:
+                if unavailable is None:
+                    raise
+                unavailable[engine] = str(error)
+                continue
+            command = (str(tool), str(llama.WORKER))
         elif engine == CALIBRATED_ENGINE:
             if calibrated is None:
                 raise ValueError(f"{names} need a calibrated checkpoint, and none is named")
@@ -134,5 +170,14 @@ def engine_specs(
                 make_checkpoint(Path(model), folder / scheme, SCHEMES[scheme])
             if scheme != engine:
                 environ["VLLM_CPU_INT4_W4A8"] = "0"
-        specs[engine] = EngineSpec(engine, served, dtype, compiled, arguments, environ)
+        specs[engine] = EngineSpec(engine, served, dtype, compiled, arguments, environ, command)
     return specs
+
+
+def stored_bytes(spec: EngineSpec) -> int | None:
+    """Of the files that a system serves from; None for one that quantizes while it loads."""
+    path = Path(spec.model)
+    if spec.arguments.get("quantization"):
+        return None
+    files = [path] if path.is_file() else path.glob("*.safetensors")
+    return sum(file.stat().st_size for file in files)

@@ -10,6 +10,7 @@ core runs in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0) and computes on all
 
     {"do": "decode", "prompts": [[ids]], "tokens": n, "change": {} | null}
     {"do": "answer", "prompts": [[ids]], "tokens": n, "temperature": t, "seed": n, "change": {}}
+    {"do": "generate", "prompts": [[ids]], "tokens": n, "stop": [text], "change": {} | null}
     {"do": "prefill", "prompt": [ids], "change": {} | null}
     {"do": "force", "run": name, "sequences": file, "reference": file, "record": file, "rows": n,
      "change": {} | null}
@@ -46,6 +47,8 @@ PR_SET_PDEATHSIG = 1
 FRESH = {"policy": "budget", "budget": 1.0, "signal": "probe", "target_ms": None}
 """A budget like no other: an account that is asked for anything else afterwards begins anew."""
 
+COMMANDS = ("decode", "answer", "generate", "prefill", "force", "profile", "drafts")
+
 MAX_ROWS = 16
 """Most requests at a time, where a benchmark says nothing else."""
 
@@ -57,7 +60,10 @@ MAX_MODEL_LEN = 1024
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """What to start: `arguments` go to `vllm.LLM`, `environ` is set before vLLM is imported."""
+    """What to start: `arguments` go to `vllm.LLM`, `environ` is set before vLLM is imported.
+
+    command: what is run, if not this module by this Python; it gets the specification as well.
+    """
 
     name: str
     model: str
@@ -65,6 +71,7 @@ class EngineSpec:
     compiled: bool = False
     arguments: dict[str, Any] = field(default_factory=dict)
     environ: dict[str, str] = field(default_factory=dict)
+    command: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -198,10 +205,22 @@ class Engine:
     def decode(
         self, prompts: Sequence[Sequence[int]], tokens: int, change: dict[str, Any] | None
     ) -> dict[str, Any]:
-        """Seconds of the decode steps, after a few that warm the caches."""
+        """Seconds of the decode steps, after a few that warm the caches.
+
+        With a `change` also `mean_bits`, the mean width of these steps over all weights.
+        """
         self.use(change)
         list(self.steps(prompts, 4))
-        return {"steps": list(self.steps(prompts, tokens))[1:]}
+        self._bits(change)
+        steps = list(self.steps(prompts, tokens))[1:]
+        return {"steps": steps} | self._bits(change)
+
+    def _bits(self, change: dict[str, Any] | None) -> dict[str, Any]:
+        """`mean_bits` of the decode steps since this was asked last; nothing without a change."""
+        if change is None:
+            return {}
+        counts = self.llm.collective_rpc("flexquant_metrics")[0]["counters"]
+        return {"mean_bits": counts["decode_step_bits"] / max(counts["decode_steps"], 1)}
 
     def drafts(self) -> dict[str, Any]:
         """What the engine's status says of its drafts; empty where it does not speculate."""
@@ -222,7 +241,7 @@ class Engine:
         rows: int,
         change: dict[str, Any] | None,
     ) -> dict[str, Any]:
-        """Decode the given text, and record the KL of each token.
+        """Decode the given text, and record the KL of each token; `mean_bits` as `decode`.
 
         The processor that does so is taken in for this and taken out again, so that it costs
         nothing where time is measured.
@@ -239,10 +258,30 @@ class Engine:
         processor = teacher_forcing.TeacherForcing(config, torch.device("cpu"), False)
         processors = self.runner.input_batch.logitsprocs.non_argmax_invariant
         processors.append(processor)
+        self._bits(change)
         try:
-            return {"seconds": decode(self.llm, run, load_sequences(Path(sequences)), rows)}
+            seconds = decode(self.llm, run, load_sequences(Path(sequences)), rows)
+            return {"seconds": seconds} | self._bits(change)
         finally:
             processors.remove(processor)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        tokens: int,
+        stop: list[str],
+        change: dict[str, Any] | None,
+    ) -> dict[str, Any]:
+        """Greedy answers as text, at most so many tokens each, up to one of `stop`."""
+        from vllm import SamplingParams, TokensPrompt
+
+        self.use(change)
+        outputs = self.llm.generate(
+            [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts],
+            SamplingParams(temperature=0.0, max_tokens=tokens, stop=stop or None),
+            use_tqdm=False,
+        )
+        return {"texts": [output.outputs[0].text for output in outputs]}
 
     def profile(
         self,
@@ -292,33 +331,34 @@ def kernel_name(layer: Any) -> str:
     return ", ".join(parts)
 
 
-def serve(engine: Engine, commands: TextIO, answers: TextIO) -> None:
-    """Answer commands until there are no more."""
+def serve(engine: Any, names: Sequence[str], commands: TextIO, answers: TextIO) -> None:
+    """Answer commands until there are no more.
+
+    Args:
+        names: methods of `engine` that are commands; `facts` is said first.
+    """
 
     def say(answer: dict[str, Any]) -> None:
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
-    handlers: dict[str, Callable[..., dict[str, Any]]] = {
-        name: getattr(engine, name)
-        for name in ("decode", "answer", "prefill", "force", "profile", "drafts")
-    }
+    handlers: dict[str, Callable[..., dict[str, Any]]] = {n: getattr(engine, n) for n in names}
     say(engine.facts())
     for line in commands:
         command = json.loads(line)
         say(handlers[command.pop("do")](**command))
 
 
-def main() -> None:
-    """Start the engine and serve."""
+def run_engine(make: Callable[[EngineSpec], Any], names: Sequence[str]) -> None:
+    """Start the engine of the specification on the command line, and serve."""
     # a stopped process would not notice the end of its input
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     spec = EngineSpec(**json.loads(sys.argv[1]))
     os.environ |= ENVIRON | spec.environ
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    serve(Engine(spec), sys.stdin, answers)
+    serve(make(spec), names, sys.stdin, answers)
 
 
 if __name__ == "__main__":
-    main()
+    run_engine(Engine, COMMANDS)

@@ -20,6 +20,10 @@ from benchmarks.quality.sequences import (
 from benchmarks.serving.configurations import Configuration
 from benchmarks.serving.process import EngineProcess
 
+OVER, LITTLE = 1.5, 0.01
+"""A budget is far exceeded above so many times what was asked, and so many nats: few tokens, of a
+text that is not the calibrated one."""
+
 ROWS = 4
 """Sequences decoded at a time."""
 
@@ -33,8 +37,6 @@ def references(
     """Write the fp32 reference into `folder`; returns the plain implementation's KL by width."""
     widths = sorted({c.width for c in configurations if c.width is not None})
     save_sequences(folder / "sequences.json", sequences)
-    if not widths:
-        widths = [8]  # `planes.json` is only written for some width
     return compute_references(model, sequences, folder, widths, "bfloat16")
 
 
@@ -68,7 +70,8 @@ def judge(
     implementation's with int8 activations at that width: by `agreement`, or as a distance, for
     which the square root of a small KL stands, not further from it than bf16 is from the reference
     (plain arithmetic in fp32 does not round to bf16). With an unquantized output layer, or
-    calibrated, it must not be above it by more.
+    calibrated, it must not be above it by more. That of a budget may be `OVER` times what is asked,
+    and `LITTLE`.
 
     Args:
         kl: nats of each scored token, by configuration; `bf16` among them.
@@ -81,6 +84,8 @@ def judge(
         mean, _ = mean_and_error(values)
         if not mean <= configuration.limit:  # NaN is not either
             wrong[configuration.name] = f"KL {mean:.4f} is above {configuration.limit:g}"
+        elif configuration.asked is not None and not mean <= OVER * configuration.asked + LITTLE:
+            wrong[configuration.name] = f"KL {mean:.4f} is far above {configuration.asked:g}"
         elif configuration.width is not None:
             plain = planes[str(configuration.width)]["int8"]["kl"]
             expected = fsum(plain) / len(plain)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from typing import Any
 from benchmarks.provenance import ROOT
 from benchmarks.serving.engine import EngineSpec
 
+ENGINE = (sys.executable, "-m", "benchmarks.serving.engine")
 STOP_SECONDS = 20
 TAIL_LINES = 25
 TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
@@ -40,7 +42,7 @@ class EngineProcess:
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         with log.open("wb") as file:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.serving.engine", spec.to_json()],
+                [*(spec.command or ENGINE), spec.to_json()],
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -112,15 +114,36 @@ class EngineProcess:
 
 
 @contextmanager
-def running(specs: Sequence[EngineSpec], logs: Path) -> Iterator[dict[str, EngineProcess]]:
+def running(
+    specs: Sequence[EngineSpec], logs: Path, unavailable: dict[str, str] | None = None
+) -> Iterator[dict[str, EngineProcess]]:
     """All engines, up at the same time, by name; started one after another.
 
     Threads that wait for each other in a start spin: two starts at once take longer than both.
+
+    Args:
+        unavailable: gets the reason of each engine that does not start.
+
+    Raises:
+        EngineError: one does not start, and `unavailable` is None.
     """
     with ExitStack() as stack:
         engines = {}
         for spec in specs:
             engine = stack.enter_context(EngineProcess(spec, logs / f"{spec.name}.log"))
-            engine.wait()
+            try:
+                engine.wait()
+            except EngineError as error:
+                if unavailable is None:
+                    raise
+                unavailable[spec.name] = reason(str(error))
+                continue
             engines[spec.name] = engine
         yield engines
+
+
+def reason(message: str) -> str:
+    """Of an engine's death, the last line of its log that names an error."""
+    lines = [line.strip(" |") for line in message.splitlines()]
+    errors = [line for line in lines if re.match(r"\w*(Error|Exception|Exit)\b", line)]
+    return (errors or lines)[-1][:300]

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens per second in vLLM on a CPU: flexquant beside bf16, fp32, W8A8 and W4A16.
+"""Quality against speed on a CPU: flexquant beside vLLM's static choices and llama.cpp.
 
-    python -m benchmarks.serving.run [--model FOLDER] [--quick] [--compiled] [--rounds N]
-        [--batches 1 4 16] [--configurations ...] [--out FILE]
+    python -m benchmarks.serving.run [--model FOLDER] [--calibrated FOLDER] [--quick] [--compiled]
+        [--rounds N] [--batches 1 4 16 32] [--configurations ...] [--out FILE]
 
-All engines are up at the same time and idle while another is measured. First each decodes a given
-text, and its KL to the fp32 reference must be what it should be; then, round after round and in an
-order that changes, each generates 64 tokens after 32 at every batch size, which gives the decode
-speed, and takes in 256 tokens, which gives the time to the first token. Speeds are compared within
-a round. Writes JSON and pictures.
+All engines are up at the same time and stopped while another is measured. First each decodes a
+given text, and its KL to the fp32 reference must be what it should be; then, round after round and
+in an order that changes, each generates 48 tokens after 32 at every batch size, which gives the
+decode speed, and takes in 256 tokens, which gives the time to the first token. Speeds are compared
+within a round. An engine that cannot be had or started is left out, and its reason is written down.
+Without `--calibrated` there is nothing under policy budget. Writes JSON and pictures.
 """
 
 from __future__ import annotations
@@ -25,16 +26,17 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.peers import llama
 from benchmarks.provenance import ROOT, machine, provenance, write_json
 from benchmarks.quality.sequences import TEXT, cut_text
 from benchmarks.serving import gate
 from benchmarks.serving.configurations import (
     CONFIGURATIONS,
     NOTES,
-    QUICK,
     Configuration,
     default_names,
     engine_specs,
+    stored_bytes,
 )
 from benchmarks.serving.engine import MAX_SEQS
 from benchmarks.serving.load import Watch
@@ -50,7 +52,8 @@ from benchmarks.serving.summary import (
 from demo.get_model import ModelError, get_model
 
 BATCHES = (1, 4, 16, MAX_SEQS)
-PROMPT, TOKENS, PREFILL = 32, 64, 256
+QUICK_BATCHES = (1, 16)
+PROMPT, TOKENS, PREFILL = 32, 48, 256
 SCORED_PROMPT, SCORED_TOKENS = 16, 97
 RESULTS = ROOT / "benchmarks" / "results"
 BUSY = 0.05
@@ -62,7 +65,7 @@ def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Tokens per second in vLLM on a CPU.")
     parser.add_argument("--model", help="unquantized checkpoint folder (default: the demo's model)")
     parser.add_argument("--calibrated", type=Path, help="calibrated checkpoint of it")
-    parser.add_argument("--quick", action="store_true", help="2 rounds, 4 configurations")
+    parser.add_argument("--quick", action="store_true", help="2 rounds, fewer configurations")
     parser.add_argument("--compiled", action="store_true", help="torch.compile in every engine")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--batches", type=int, nargs="+")
@@ -75,16 +78,14 @@ def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     options = parser.parse_args(arguments)
     parts = (options.quick, options.configurations, options.batches, options.rounds is not None)
-    options.batches = options.batches or list(BATCHES)
+    options.batches = options.batches or list(QUICK_BATCHES if options.quick else BATCHES)
     if min(options.batches) < 1 or max(options.batches) > MAX_SEQS:
         parser.error(f"--batches: {options.batches} are not all from 1 to {MAX_SEQS}")
     if options.out is None:
         folder = ROOT / "benchmarks" / "out" if any(parts) else RESULTS
         options.out = folder / f"serving-cpu{'-compiled' if options.compiled else ''}.json"
-    names = options.configurations or (
-        QUICK
-        if options.quick
-        else default_names(machine()["flags"], options.calibrated is not None)
+    names = options.configurations or default_names(
+        machine()["flags"], options.calibrated is not None, options.quick
     )
     # everything is compared with bf16
     options.configurations = list(dict.fromkeys(["bf16", *names]))
@@ -98,7 +99,12 @@ def measure(
     options: argparse.Namespace,
     tokens: Sequence[int],
     console: Console,
-) -> tuple[dict[int, dict[str, list[list[float]]]], dict[str, list[float]], dict[str, Any]]:
+) -> tuple[
+    dict[int, dict[str, list[list[float]]]],
+    dict[str, list[float]],
+    dict[int, dict[str, float]],
+    dict[str, Any],
+]:
     """Seconds of everything that is timed.
 
     Args:
@@ -106,7 +112,8 @@ def measure(
 
     Returns:
         By batch and configuration, the decode steps of each round; by configuration, the seconds
-        to the first token of each round; who else used the CPU.
+        to the first token of each round; by batch and configuration, mean bits of the last round's
+        decode steps, where an engine tells; who else used the CPU.
     """
     prompts = [list(tokens[i * PROMPT : (i + 1) * PROMPT]) for i in range(MAX_SEQS)]
     long_prompt = list(tokens[-PREFILL:])
@@ -114,6 +121,7 @@ def measure(
     decode: dict[int, dict[str, list[list[float]]]] = {
         batch: {name: [] for name in names} for batch in options.batches
     }
+    bits: dict[int, dict[str, float]] = {batch: {} for batch in options.batches}
     prefill: dict[str, list[float]] = {name: [] for name in names}
     watch = Watch(engines)
     for number in range(options.rounds):
@@ -127,12 +135,14 @@ def measure(
                         change=configuration.change,
                     )
                 decode[batch][configuration.name].append(answer["steps"])
+                if "mean_bits" in answer:
+                    bits[batch][configuration.name] = answer["mean_bits"]
         for configuration in shuffled(configurations, f"{number} prefill"):
             with watch.measuring(configuration.engine) as engine:
                 answer = engine.ask("prefill", prompt=long_prompt, change=configuration.change)
             prefill[configuration.name].append(median(answer["seconds"]))
         console.print(f"  round {number + 1} of {options.rounds}")
-    return decode, prefill, watch.summary()
+    return decode, prefill, bits, watch.summary()
 
 
 def shuffled(configurations: Sequence[Configuration], seed: str) -> list[Configuration]:
@@ -147,6 +157,8 @@ def collect(
     quality: Mapping[str, Any],
     decode: Mapping[int, Mapping[str, Sequence[Sequence[float]]]],
     prefill: Mapping[str, Sequence[float]],
+    bits: Mapping[int, Mapping[str, float]],
+    stored: Mapping[str, int | None],
 ) -> dict[str, Any]:
     """`configurations` and `targets` as they go into the JSON."""
     speeds = {
@@ -166,9 +178,11 @@ def collect(
             "engine": configuration.engine,
             "width": configuration.width,
             "quality": quality[name],
+            "stored_bytes": stored[configuration.engine],
             "decode_tokens_per_second": {
                 str(batch): speeds[batch][name]
                 | {"step_ms": spread([1e3 * median(steps) for steps in decode[batch][name]])}
+                | ({"mean_bits": bits[batch][name]} if name in bits[batch] else {})
                 for batch in decode
             },
             "prefill_tokens_per_second": prefills[name]
@@ -255,24 +269,33 @@ def main() -> None:
     facts = provenance(model, TEXT)
     tokenizer = AutoTokenizer.from_pretrained(model)
     text = TEXT.read_text(encoding="utf-8")
-    count = 2 if options.quick else 4
+    count = 4 if options.quick else 8
     sequences = cut_text(tokenizer, text, count, SCORED_PROMPT, SCORED_TOKENS)
     tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     configurations = [CONFIGURATIONS[name] for name in options.configurations]
     with tempfile.TemporaryDirectory(prefix="flexquant-bench-") as temporary:
         folder = Path(temporary)
         console.print("checkpoints and reference")
+        unavailable: dict[str, str] = {}
         specs = engine_specs(
             model,
             options.configurations,
             options.checkpoints or folder,
             options.compiled,
             options.calibrated,
+            unavailable,
+            build=not options.quick,
         )
+        stored = {name: stored_bytes(spec) for name, spec in specs.items()}
         planes = gate.references(model, configurations, sequences, folder)
         console.print(f"engines: {', '.join(specs)}")
         try:
-            with running(list(specs.values()), folder) as engines:
+            with running(list(specs.values()), folder, unavailable) as engines:
+                for name, reason in unavailable.items():
+                    console.print(f"  without {name}: {reason}", highlight=False)
+                if "bf16" not in engines:
+                    raise SystemExit("bf16, with which all is compared, does not start")
+                configurations = [c for c in configurations if c.engine in engines]
                 engine_facts = {name: engine.facts for name, engine in engines.items()}
                 if len({(f["threads"], *f["cores"]) for f in engine_facts.values()}) > 1:
                     raise SystemExit(f"engines differ in threads or cores: {engine_facts}")
@@ -282,9 +305,16 @@ def main() -> None:
                 if wrong:
                     raise SystemExit("the gate is red: no speeds")
                 console.print("speeds")
-                decode, prefill, load = measure(engines, configurations, options, tokens, console)
+                decode, prefill, bits, load = measure(
+                    engines, configurations, options, tokens, console
+                )
         except EngineError as error:
             raise SystemExit(str(error)) from None
+        files = {
+            name: llama.describe(Path(spec.model))
+            for name, spec in specs.items()
+            if name in engine_facts and spec.command
+        }
     results = {
         "settings": {
             "rounds": options.rounds,
@@ -295,9 +325,11 @@ def main() -> None:
             "scored_tokens": count * (SCORED_TOKENS - 1),
         },
         "notes": list(NOTES),
+        "unavailable": unavailable,
+        "llama_cpp": {"note": llama.NOTE, "package": llama.PACKAGE, "files": files},
         "engines": engine_facts,
         "cpu_while_measuring": load,
-        **collect(configurations, quality, decode, prefill),
+        **collect(configurations, quality, decode, prefill, bits, stored),
     }
     write_json(options.out, results, facts)
     written = [options.out, *plot_speeds(results, options.out)]

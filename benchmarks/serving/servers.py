@@ -22,6 +22,7 @@ from urllib.request import Request, urlopen
 
 from benchmarks.serving.configurations import CALIBRATED_ENGINE, Configuration
 from benchmarks.serving.engine import FRESH, MAX_MODEL_LEN, MAX_SEQS, EngineSpec
+from benchmarks.serving.process import reason
 from demo.server import ServerError, VllmServer
 
 MODEL = "bench"
@@ -61,14 +62,16 @@ def serving(
     logs: Path,
     arguments: Sequence[str] = (),
     environ: Mapping[str, str] | None = None,
+    unavailable: dict[str, str] | None = None,
 ) -> Iterator[dict[str, VllmServer]]:
     """All servers by name, started one after another and stopped where they are.
 
     Args:
         arguments, environ: added to those of every server.
+        unavailable: gets the reason of each server that does not start.
 
     Raises:
-        ServerError: one does not start.
+        ServerError: one does not start, and `unavailable` is None.
     """
     with ExitStack() as stack:
         servers = {}
@@ -79,7 +82,13 @@ def serving(
                 environ_of(spec) | dict(environ or {}),
                 logs / f"{spec.name}.log",
             )
-            servers[spec.name] = stack.enter_context(server)
+            try:
+                servers[spec.name] = stack.enter_context(server)
+            except ServerError as error:
+                if unavailable is None:
+                    raise
+                unavailable[spec.name] = reason(str(error))
+                continue
             server.pause()
         yield servers
 

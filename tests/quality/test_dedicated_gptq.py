@@ -145,7 +145,7 @@ def test_a_folder_is_made_once_and_not_for_other_settings(folder, tmp_path):
 def test_an_environment_of_another_maker_is_left_alone(tmp_path):
     (tmp_path / "kept").write_text("")
     with pytest.raises(SystemExit, match="was not built by this script"):
-        dedicated_gptq.build_environment(tmp_path)
+        dedicated_gptq.tool_environment(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["kept"]
 
 

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Of the stage `speed`: every system beside every other, and who wins at equal quality."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import exp
+from typing import Any
+
+from benchmarks.report.figures import family
+from benchmarks.report.text import listing, nats, paragraphs, percent, ratio, table
+
+CLOSE = 1.05
+"""KL up to so many times another counts as no more than it."""
+
+PROMPT = "prompt"
+"""Stands for the speed of taking in a prompt where others stand for a number of requests."""
+
+DUELS = (
+    "The fastest flexquant configuration whose KL is no more than the static choice's (up to 5 %), "
+    "over the speed of the static choice: above 1 flexquant is faster at no less quality. *None so "
+    "close*: every flexquant configuration has more KL."
+)
+
+UNITY: dict[str, Any] = {"median": 1.0, "quartiles": [1.0, 1.0]}
+
+
+@dataclass(frozen=True)
+class Duel:
+    """A static choice against the fastest flexquant configuration of no more KL.
+
+    ratio: its speed over the static choice's; None where every flexquant configuration has more KL.
+    """
+
+    static: str
+    batch: str
+    static_kl: float
+    flexquant: str | None
+    flexquant_kl: float | None
+    ratio: float | None
+
+
+def over_bf16(entry: Mapping[str, Any], batch: str) -> dict[str, Any] | None:
+    """Spread of a configuration's speed over bf16's; None where it was not measured."""
+    if batch == PROMPT:
+        speed = entry.get("prefill_tokens_per_second")
+    else:
+        speed = entry["decode_tokens_per_second"].get(batch)
+    if not speed:
+        return None
+    return speed["against"].get("bf16", UNITY)
+
+
+def is_flexquant(name: str) -> bool:
+    """Whether a configuration is ours."""
+    return family(name).startswith("flexquant")
+
+
+def duels(configurations: Mapping[str, Any], batch: str) -> list[Duel]:
+    """Each static choice against ours at no more KL, in the order of the configurations."""
+    ours = {
+        name: (entry["quality"]["kl"], speed["median"])
+        for name, entry in configurations.items()
+        if is_flexquant(name) and (speed := over_bf16(entry, batch))
+    }
+    found = []
+    for name, entry in configurations.items():
+        speed = over_bf16(entry, batch)
+        if is_flexquant(name) or speed is None:
+            continue
+        kl = entry["quality"]["kl"]
+        able = {n: v for n, v in ours.items() if v[0] <= CLOSE * kl}
+        best = max(able, key=lambda n: able[n][1]) if able else None
+        found.append(
+            Duel(
+                entry["label"],
+                batch,
+                kl,
+                configurations[best]["label"] if best else None,
+                able[best][0] if best else None,
+                able[best][1] / speed["median"] if best else None,
+            )
+        )
+    return found
+
+
+def batches_of(results: Mapping[str, Any]) -> list[str]:
+    """Numbers of requests that were measured, and `PROMPT`."""
+    some = next(iter(results["configurations"].values()))
+    return [*some["decode_tokens_per_second"], PROMPT]
+
+
+def heading(batch: str) -> str:
+    """Of a column."""
+    if batch == PROMPT:
+        return "prompt of 256"
+    return f"{batch} request{'' if batch == '1' else 's'}"
+
+
+def main_table(results: Mapping[str, Any]) -> str:
+    """A line for each configuration."""
+    batches = batches_of(results)
+    rows = []
+    for entry in results["configurations"].values():
+        quality = entry["quality"]
+        bits = entry.get("mean_bits")
+        held = entry.get("weights_mb")
+        rows.append(
+            [
+                entry["label"],
+                "–" if bits is None else f"{bits:.2f}",
+                "–" if held is None else f"{held:.0f}",
+                nats(quality["kl"], quality["kl_standard_error"]),
+                percent(quality["top1"]),
+                f"{exp(quality['nll']):.2f}",
+                *(ratio(over_bf16(entry, batch)) for batch in batches),
+            ]
+        )
+    headings = ["", "mean bits", "MB held", "KL", "top-1", "perplexity", *map(heading, batches)]
+    return table(headings, rows)
+
+
+def duel_table(results: Mapping[str, Any]) -> str:
+    """At equal quality: a line for each static choice, a column for each number of requests."""
+    batches = batches_of(results)
+    by_batch = {batch: duels(results["configurations"], batch) for batch in batches}
+    rows = []
+    for place, first in enumerate(by_batch[batches[0]]):
+        cells = [first.static, nats(first.static_kl)]
+        for batch in batches:
+            duel = by_batch[batch][place]
+            cells.append(
+                "none so close"
+                if duel.ratio is None
+                else f"**{duel.ratio:.2f}** {duel.flexquant}"
+                if duel.ratio > 1
+                else f"{duel.ratio:.2f} {duel.flexquant}"
+            )
+        rows.append(cells)
+    return table(["static choice", "its KL", *map(heading, batches)], rows)
+
+
+def losses(results: Mapping[str, Any]) -> str:
+    """Where a static choice wins: a line for each."""
+    lines = []
+    for batch in batches_of(results):
+        for duel in duels(results["configurations"], batch):
+            where = "taking in a prompt" if batch == PROMPT else heading(batch)
+            if duel.ratio is None:
+                lines.append((duel.static, where, None))
+            elif duel.ratio < 1:
+                lines.append((duel.static, where, duel.ratio))
+    by_static: dict[str, list[str]] = {}
+    for static, where, over in lines:
+        words = "nearer to the reference" if over is None else f"{1 / over:.2f} times as fast"
+        by_static.setdefault(static, []).append(f"{where} ({words})")
+    return "\n".join(f"- **{static}**: {', '.join(w)}." for static, w in by_static.items())
+
+
+def section(results: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+    """The whole of it, after the picture."""
+    load, settings = results["cpu_while_measuring"], results["settings"]
+    return paragraphs(
+        main_table(results),
+        f"Speed is tokens per second while decoding (last column: of a prompt of "
+        f"{settings['prefill_tokens']}), as a multiple of bf16's in the same round; median and "
+        f"quartiles of {settings['rounds']} rounds. KL in nats per token, top-1 and perplexity are "
+        f"of {settings['scored_tokens']} tokens that the same engines decoded. MB held are of all "
+        "weights as the system keeps them.",
+        listing(results.get("unavailable", {})),
+        f"While measuring, other processes used {percent(load['other_processes'])} of the cores, "
+        f"and the host took {percent(load['stolen_by_host'])}.",
+    )

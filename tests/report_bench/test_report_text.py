@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+from pathlib import Path
+
+import pytest
+
+from benchmarks.report import figures, page, speed, text
+from benchmarks.report.readme import fill
+
+
+def entry(label: str, kl: float, speeds: dict[str, float], prompt: float) -> dict:
+    def against(value: float) -> dict:
+        return {"against": {"bf16": {"median": value, "quartiles": [value, value + 0.1]}}}
+
+    return {
+        "label": label,
+        "quality": {"kl": kl, "kl_standard_error": 0.001, "top1": 0.9, "nll": 1.0},
+        "decode_tokens_per_second": {batch: against(v) for batch, v in speeds.items()},
+        "prefill_tokens_per_second": against(prompt),
+    }
+
+
+@pytest.fixture
+def results() -> dict:
+    return {
+        "settings": {"rounds": 3, "prefill_tokens": 256, "scored_tokens": 100},
+        "cpu_while_measuring": {"other_processes": 0.01, "stolen_by_host": 0.0},
+        "unavailable": {"w4a16": "no kernel."},
+        "configurations": {
+            "bf16": entry("bf16", 0.001, {"1": 1.0, "16": 1.0}, 1.0),
+            "w8a8": entry("W8A8", 0.04, {"1": 1.5, "16": 1.2}, 2.0),
+            "calibrated-8": entry("flexquant 8 bit, calibrated", 0.01, {"1": 1.4, "16": 1.3}, 0.9),
+            "calibrated-6": entry("flexquant 6 bit, calibrated", 0.041, {"1": 1.8, "16": 1.1}, 0.9),
+            "calibrated-4": entry("flexquant 4 bit, calibrated", 0.2, {"1": 9.0, "16": 9.0}, 0.9),
+        },
+    }
+
+
+def test_a_static_choice_meets_the_fastest_of_no_more_kl(results):
+    bf16, w8a8 = speed.duels(results["configurations"], "1")
+    assert (bf16.static, bf16.flexquant, bf16.ratio) == ("bf16", None, None)
+    assert (w8a8.flexquant, w8a8.flexquant_kl) == ("flexquant 6 bit, calibrated", 0.041)
+    assert w8a8.ratio == pytest.approx(1.8 / 1.5)
+    _, many = speed.duels(results["configurations"], "16")
+    assert many.flexquant == "flexquant 8 bit, calibrated"
+    _, prompt = speed.duels(results["configurations"], speed.PROMPT)
+    assert prompt.ratio == pytest.approx(0.9 / 2.0)
+
+
+def test_losses_name_each_case(results):
+    lines = speed.losses(results).splitlines()
+    assert lines == [
+        "- **bf16**: 1 request (nearer to the reference), 16 requests (nearer to the reference), "
+        "taking in a prompt (nearer to the reference).",
+        "- **W8A8**: taking in a prompt (2.22 times as fast).",
+    ]
+
+
+def test_the_section_says_what_is_missing_and_who_else_ran(results):
+    written = speed.section(results, {})
+    assert "Not measured: w4a16: no kernel." in written
+    assert "other processes used 1.0 % of the cores" in written
+    assert "| W8A8 | – | – | 0.0400 ± 0.0010 | 90.0 % | 2.72 | 1.50 (1.50–1.60) |" in written
+
+
+def test_cells_of_tables_are_escaped():
+    assert text.table(["a"], [["4|2|2"]]).splitlines()[-1] == "| 4\\|2\\|2 |"
+
+
+def test_each_configuration_has_a_family():
+    found = [figures.family(n) for n in ("bf16", "w4a16-weights-only", "llama-q8_0", "budget-0.1")]
+    assert found == ["vLLM, unquantized", "vLLM W4A16", "llama.cpp", "flexquant, policy budget"]
+    assert {figures.family(n) for n in ("flexquant-4", "flexquant-bf16-output-4")} == {
+        "flexquant, rounded to nearest"
+    }
+
+
+def test_pictures_are_drawn_for_both_pages_and_go_into_the_page(results, tmp_path):
+    pytest.importorskip("matplotlib")
+    paint = figures.speed_picture(results["configurations"], ["1", "16"])
+    figures.draw_all(tmp_path, "quality-speed", paint)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "quality-speed-dark.svg",
+        "quality-speed-light.svg",
+    ]
+    written = page.to_html(
+        f"# T\n\n{text.picture('quality-speed', 'words')}\n\n| a |\n| --- |\n| 1 |\n", tmp_path, "T"
+    )
+    assert written.count("<svg") == 2
+    assert "<picture>" not in written
+    assert 'id="quality-speed-dark-' in written
+    assert '<div class="table"><table>' in written
+
+
+def test_a_block_of_unknown_name_or_file_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="'x' is none of demo, headline"):
+        fill("<!-- generated: x from a.json -->\n<!-- /generated -->", tmp_path)
+    with pytest.raises(ValueError, match=r"made of a\.json, which is not there"):
+        fill("<!-- generated: demo from a.json -->\n<!-- /generated -->", tmp_path)
+
+
+def test_text_beside_blocks_is_left_alone(tmp_path: Path):
+    assert fill("# a\n\n<!-- a comment -->\n", tmp_path) == "# a\n\n<!-- a comment -->\n"
