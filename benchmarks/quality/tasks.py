@@ -304,8 +304,8 @@ def main() -> None:
     labels = {c.name: c.label for c in configurations}
     settings = {"limits": limits, "rows": ROWS, "reference": REFERENCE}
     settings |= {"answer_tokens": ANSWER, "program_tokens": PROGRAM}
-    found = {"settings": settings, "unavailable": unavailable, "labels": labels, "tasks": results}
-    write_json(options.out, found, facts)
+    content = {"settings": settings, "unavailable": unavailable, "labels": labels}
+    write_json(options.out, content | {"tasks": results}, facts)
     show(results, labels, console)
     console.print(f"written to {options.out}", soft_wrap=True)
 

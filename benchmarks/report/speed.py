@@ -143,7 +143,7 @@ def duel_table(results: Mapping[str, Any]) -> str:
 
 def losses(results: Mapping[str, Any]) -> str:
     """Where a static choice wins: a line for each."""
-    lines = []
+    lines: list[tuple[str, str, float | None]] = []
     for batch in batches_of(results):
         for duel in duels(results["configurations"], batch):
             where = "taking in a prompt" if batch == PROMPT else heading(batch)

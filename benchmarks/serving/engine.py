@@ -115,7 +115,7 @@ class Engine:
             "kernels": dict(Counter(linear_kernels(self.runner.model))),
         }
 
-    def use(self, change: dict[str, Any] | None) -> None:
+    def adopt(self, change: dict[str, Any] | None) -> None:
         """Take up a policy, with an account of its own; None: not a flexquant engine."""
         if change is None:
             return
@@ -209,7 +209,7 @@ class Engine:
 
         With a `change` also `mean_bits`, the mean width of these steps over all weights.
         """
-        self.use(change)
+        self.adopt(change)
         list(self.steps(prompts, 4))
         self._bits(change)
         steps = list(self.steps(prompts, tokens))[1:]
@@ -228,7 +228,7 @@ class Engine:
 
     def prefill(self, prompt: Sequence[int], change: dict[str, Any] | None) -> dict[str, Any]:
         """Seconds from the request to its first token, three times after one that warms."""
-        self.use(change)
+        self.adopt(change)
         runs = [list(self.steps([prompt], 1)) for _ in range(4)]
         return {"seconds": [seconds for (seconds,) in runs[1:]]}
 
@@ -252,7 +252,7 @@ class Engine:
         from benchmarks.quality.engine import decode
         from benchmarks.quality.sequences import load_sequences
 
-        self.use(change)
+        self.adopt(change)
         os.environ |= {teacher_forcing.REFERENCE: reference, teacher_forcing.RECORD: record}
         config = self.llm.llm_engine.vllm_config
         processor = teacher_forcing.TeacherForcing(config, torch.device("cpu"), False)
@@ -275,7 +275,7 @@ class Engine:
         """Greedy answers as text, at most so many tokens each, up to one of `stop`."""
         from vllm import SamplingParams, TokensPrompt
 
-        self.use(change)
+        self.adopt(change)
         outputs = self.llm.generate(
             [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts],
             SamplingParams(temperature=0.0, max_tokens=tokens, stop=stop or None),
@@ -293,7 +293,7 @@ class Engine:
         """As `benchmarks.serving.owners.profile`."""
         from benchmarks.serving import owners
 
-        self.use(change)
+        self.adopt(change)
         return owners.profile(self, prompts, tokens, trace_tokens)
 
 

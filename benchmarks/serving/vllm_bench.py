@@ -22,7 +22,6 @@ import json
 import os
 import random
 import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -335,4 +334,4 @@ def measure(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
