@@ -18,7 +18,7 @@ from benchmarks.quality.sequences import (
     summarise,
 )
 from benchmarks.serving.configurations import Configuration
-from benchmarks.serving.process import EngineProcess
+from benchmarks.serving.process import EngineError, EngineProcess, reason
 
 OVER, LITTLE = 1.5, 0.01
 """A budget is far exceeded above so many times what was asked, and so many nats: few tokens, of a
@@ -100,20 +100,33 @@ def judge(
 
 
 def run_gate(
-    engines: Mapping[str, EngineProcess],
+    engines: dict[str, EngineProcess],
     configurations: Sequence[Configuration],
     sequences: Sequence[TokenSequence],
     planes: Mapping[str, Any],
     folder: Path,
+    unavailable: dict[str, str],
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """The quality of each configuration, and what is wrong with it (as `judge`)."""
-    records = {c.name: measure(engines[c.engine], c, sequences, folder) for c in configurations}
-    quality = {}
+    """The quality of each configuration, and what is wrong with it (as `judge`).
+
+    An engine that dies of its first steps, as one does whose kernels this processor lacks, is taken
+    out of `engines`, its reason goes to `unavailable`, and its configurations have no quality.
+    """
+    records = {}
     for configuration in configurations:
+        if configuration.engine in engines:
+            engine = engines[configuration.engine]
+            try:
+                records[configuration.name] = measure(engine, configuration, sequences, folder)
+            except EngineError as error:
+                unavailable[configuration.engine] = reason(str(error))
+                del engines[configuration.engine]
+    quality = {}
+    for configuration in (c for c in configurations if c.engine in engines):
         summary = summarise(records[configuration.name])
         if configuration.width is not None:
             plain = planes[str(configuration.width)]["int8"]["kl"]
             summary["plain_kl"] = fsum(plain) / len(plain)
         quality[configuration.name] = summary
-    kl = {name: [r["kl"] for r in found] for name, found in records.items()}
-    return quality, judge(configurations, kl, planes)
+    kl = {name: [r["kl"] for r in records[name]] for name in quality}
+    return quality, judge([c for c in configurations if c.name in quality], kl, planes)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,7 @@ def test_a_bad_trace_is_refused_by_its_line(tmp_path, text, words):
 def test_a_made_trace_is_the_same_each_time():
     one, two = replay_trace.made_trace(50), replay_trace.made_trace(50)
     assert one == two
-    assert all(b.seconds >= a.seconds for a, b in zip(one, one[1:], strict=False))
+    assert all(b.seconds >= a.seconds for a, b in pairwise(one))
 
 
 def test_lengths_fit_the_machine():

@@ -3,6 +3,7 @@
 
 import json
 from io import StringIO
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -11,6 +12,7 @@ from benchmarks.serving import run
 from benchmarks.serving.configurations import CONFIGURATIONS, QUICK, default_names, engine_specs
 from benchmarks.serving.gate import judge
 from benchmarks.serving.plot import plot_speeds
+from benchmarks.serving.process import reason
 from benchmarks.serving.summary import (
     TARGETS,
     check_targets,
@@ -99,16 +101,52 @@ def test_a_part_of_the_measurement_does_not_overwrite_the_results():
 
 def test_bf16_is_always_there_and_rows_have_a_bound(capsys):
     assert run.read_options(["--configurations", "w8a8"]).configurations == ["bf16", "w8a8"]
-    assert run.read_options(["--quick"]).configurations == list(QUICK)
-    for wrong in (["--batches", "0"], ["--batches", "17"], ["--configurations", "w3a3"]):
+    calibrated = {n for n in QUICK if n.startswith(("calibrated", "budget"))}
+    assert set(run.read_options(["--quick"]).configurations) == set(QUICK) - calibrated
+    quick = run.read_options(["--quick", "--calibrated", "x"])
+    assert set(quick.configurations) == set(QUICK)
+    for wrong in (["--batches", "0"], ["--batches", "33"], ["--configurations", "w3a3"]):
         with pytest.raises(SystemExit):
             run.read_options(wrong)
-    assert "not all from 1 to 16" in capsys.readouterr().err
+    assert "not all from 1 to 32" in capsys.readouterr().err
 
 
 def test_weights_only_is_measured_where_it_differs():
-    assert "w4a16-weights-only" in default_names(["amx_tile"])
-    assert set(default_names([])) == set(CONFIGURATIONS) - {"w4a16-weights-only"}
+    assert "w4a16-weights-only" in default_names(["amx_tile"], calibrated=True)
+    assert set(default_names([], calibrated=True)) == set(CONFIGURATIONS) - {"w4a16-weights-only"}
+    left_out = set(default_names([], calibrated=True)) - set(default_names([], calibrated=False))
+    assert left_out == {n for n in CONFIGURATIONS if n.startswith(("calibrated", "budget"))}
+
+
+def test_a_calibrated_engine_needs_a_checkpoint(tmp_path):
+    with pytest.raises(ValueError, match="need a calibrated checkpoint"):
+        engine_specs("model", ["budget-0.03"], tmp_path, compiled=False)
+    specs = engine_specs(
+        "model", ["budget-0.03", "calibrated-4"], tmp_path, False, calibrated=Path("saved")
+    )
+    assert [(name, spec.model) for name, spec in specs.items()] == [("calibrated", "saved")]
+
+
+def test_a_budget_far_exceeded_is_red():
+    budget = CONFIGURATIONS["budget-0.03"]
+    kl = {"bf16": [0.001] * 4, "budget-0.03": [0.05] * 4}
+    assert judge([budget], kl, {}) == {}
+    kl["budget-0.03"] = [0.06] * 4
+    assert "far above 0.03" in judge([budget], kl, {})["budget-0.03"]
+
+
+def test_another_model_has_no_gguf(tmp_path):
+    unavailable: dict[str, str] = {}
+    names = ["llama-q8_0"]
+    specs = engine_specs(str(tmp_path), names, tmp_path, False, unavailable=unavailable)
+    assert specs == {}
+    assert list(unavailable) == names
+
+
+def test_a_reason_is_the_last_line_that_names_an_error():
+    message = "engine x ended with status 1\n  | ValueError: no kernel for w4\n  |   at exit"
+    assert reason(message) == "ValueError: no kernel for w4"
+    assert reason("it ended\n  | killed") == "killed"
 
 
 def test_all_widths_share_an_engine(tmp_path):
@@ -134,7 +172,13 @@ def test_results_have_a_picture_and_tables(tmp_path):
     quality = {c.name: {"kl": 0.01 * i} for i, c in enumerate(configurations)}
     steps = {c.name: [[0.02 / (1 + i), 0.02], [0.03]] for i, c in enumerate(configurations)}
     prefill = {c.name: [0.1, 0.2] for c in configurations}
-    results = run.collect(configurations, quality, {1: steps, 16: steps}, prefill)
+    bits = {1: {"flexquant-4": 4.0}, 16: {}}
+    stored = {"bf16": 100, "w8a8": 50, "flexquant": None}
+    results = run.collect(configurations, quality, {1: steps, 16: steps}, prefill, bits, stored)
+    entries = results["configurations"]
+    assert entries["flexquant-4"]["decode_tokens_per_second"]["1"]["mean_bits"] == 4.0
+    assert "mean_bits" not in entries["bf16"]["decode_tokens_per_second"]["1"]
+    assert [e["stored_bytes"] for e in entries.values()] == [100, 50, None, None]
     entry = results["configurations"]["flexquant-4"]["decode_tokens_per_second"]["1"]
     assert entry["against"]["bf16"]["rounds"] == pytest.approx([0.04 / (0.02 / 3 + 0.02), 1.0])
     assert entry["step_ms"]["rounds"][1] == pytest.approx(30.0)
