@@ -11,7 +11,7 @@ BIN := $(abspath $(VENV))/bin
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test test-fast bench report aot sanitize lint format clean
+.PHONY: help setup demo test test-fast bench bench-gate report aot sanitize lint format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -19,7 +19,7 @@ help: ## this list
 	@echo "  VENV=$(VENV)  the environment that is built and used"
 	@echo "  PYTHON=$(PYTHON)  the Python that builds it"
 	@echo "  TORCH_INDEX=$(TORCH_INDEX)  index of PyTorch's CPU wheels, where pip is not set up to find them"
-	@echo "  ARGS=$(ARGS)  more arguments for demo, test, test-fast, bench, report, aot and sanitize"
+	@echo "  ARGS=$(ARGS)  more arguments for demo, test, test-fast, bench, bench-gate, report, aot and sanitize"
 	@echo "  QUICK=$(QUICK)  anything: make bench takes ten minutes"
 	@echo "  TRACE=$(TRACE)  CSV file of arrival times and lengths that make bench replays"
 
@@ -37,6 +37,9 @@ test-fast: setup ## the tests that start no vLLM engine
 
 bench: setup ## all measurements and their report: an hour on 2 cores, and calibration before it; QUICK=1 ten minutes
 	$(BIN)/python -m benchmarks.bench $(if $(QUICK),--quick) $(if $(TRACE),--trace '$(TRACE)') $(ARGS)
+
+bench-gate: setup ## the cheap ratios that CI watches: KL by width, time at 4 bits over 8, machinery
+	$(BIN)/python -m benchmarks.regression $(ARGS)
 
 report: setup ## make the report and the README's tables anew, of results that are there
 	$(BIN)/python -m benchmarks.report --readme $(ARGS)

@@ -4,6 +4,7 @@
     make bench                # about an hour on 2 cores; before it calibration, 15 to 20 minutes
     make bench QUICK=1        # ten minutes: fewer systems, fewer rounds, less text
     make bench ARGS='--stages speed replay'
+    make bench ARGS=--execute # HumanEval too, which runs programs that the model wrote
 
 A stage is a script that writes one JSON file. All go to `benchmarks/results/MACHINE/`, those of
 `--quick` to `benchmarks/out/MACHINE/`, where git does not look. `run.json` beside them says which
@@ -61,11 +62,11 @@ class Stage:
 
 
 STAGES = (
-    Stage("speed", "benchmarks.serving.run", 12, 4),
-    Stage("quality", "benchmarks.quality.served", 8, 1.5),
-    Stage("replay", "benchmarks.serving.replay", 12, 3),
+    Stage("speed", "benchmarks.serving.run", 16, 5),
+    Stage("quality", "benchmarks.quality.served", 10, 2),
+    Stage("replay", "benchmarks.serving.replay", 11, 3),
     Stage("vllm-bench", "benchmarks.serving.vllm_bench", 12, None),
-    Stage("tasks", "benchmarks.quality.tasks", 10, None),
+    Stage("tasks", "benchmarks.quality.tasks", 8, None),
     Stage(
         "policies",
         "benchmarks.serving.policies",
@@ -87,6 +88,9 @@ def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help="ten minutes")
     parser.add_argument("--trace", help="arrival times and lengths for the replay, a CSV file")
+    parser.add_argument(
+        "--execute", action="store_true", help="HumanEval too: runs programs that the model wrote"
+    )
     parser.add_argument("--stages", nargs="+", metavar="NAME", help="only these")
     parser.add_argument("--again", action="store_true", help="also what is done")
     parser.add_argument("--out", type=Path, help="folder of the results")
@@ -163,6 +167,8 @@ def command_of(
     command += stage.quick if options.quick else stage.arguments
     if stage.name == "replay" and options.trace:
         command += ["--trace", options.trace]
+    if stage.name == "tasks" and options.execute:
+        command.append("--execute")
     return command
 
 

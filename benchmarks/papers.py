@@ -338,7 +338,7 @@ def main() -> None:
     facts = provenance(options.model, TEXT)
     found = None
     if options.calibrated is not None:
-        found = elastic(options.model, options.calibrated, 256 if options.quick else 1536)
+        found = elastic(options.model, options.calibrated, 512 if options.quick else 1536)
     rows = rows_of(results, found)
     out = options.results / "papers.json"
     write_json(out, {"rows": [asdict(row) for row in rows], ELASTIC: found}, facts)

@@ -48,7 +48,7 @@ from benchmarks.serving.configurations import (
     engine_specs,
 )
 from benchmarks.serving.kinds import FILES
-from benchmarks.serving.process import EngineProcess, running
+from benchmarks.serving.process import EngineError, EngineProcess, reason, running
 from demo.get_model import ModelError, get_model
 from vllm_flexquant.format.record import read_calibration
 from vllm_flexquant.quantize.calibration import load_tokenizer
@@ -60,7 +60,7 @@ POLICIES = ("entropy", "progressive")
 """Of the calibrated checkpoint, beside budgets."""
 
 FULL_BITS = {"bf16": 16.0, "fp32": 32.0, "w8a8": 8.0, "w4a16": 4.0}
-ROWS = 16
+ROWS = 8
 
 
 def calibrated_configurations(checkpoint: Path) -> list[Configuration]:
@@ -190,7 +190,7 @@ def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", help="unquantized checkpoint folder (default: the demo's model)")
     parser.add_argument("--calibrated", type=Path, help="calibrated checkpoint of it")
     parser.add_argument("--text", action="append", metavar="NAME=FILE")
-    parser.add_argument("--tokens", type=int, default=16 * FORCED, help="of each text")
+    parser.add_argument("--tokens", type=int, default=8 * FORCED, help="of each text")
     parser.add_argument("--quick", action="store_true", help="one text, few tokens")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "out" / "quality.json")
     options = parser.parse_args(arguments)
@@ -235,12 +235,13 @@ def main() -> None:
         for name, spec in specs.items():
             if name.startswith(LLAMA):
                 continue
-            with running([spec], Path(temporary), unavailable) as engines:
-                if name in engines:
-                    own = [c for c in configurations if c.engine == name]
+            own = [c for c in configurations if c.engine == name]
+            try:
+                with running([spec], Path(temporary)) as engines:
                     results |= measure(engines[name], own, texts, console)
-                else:
-                    console.print(f"  without {name}: {unavailable[name]}", highlight=False)
+            except EngineError as error:
+                unavailable[name] = reason(str(error))
+                console.print(f"  without {name}: {unavailable[name]}", highlight=False)
     order = [c.name for c in configurations if c.name in results]
     results = {name: results[name] for name in order}
     compare_with_levels(results, list(files))

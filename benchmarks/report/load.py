@@ -12,6 +12,7 @@ from benchmarks.report.text import listing, nats, paragraphs, percent, picture, 
 
 LINES = {
     "bf16": "#8b949e",
+    "fp32": "#8b949e",
     "w8a8": "#db6d28",
     "w4a16": "#d4a72c",
     "calibrated-8": "#2f81f7",

@@ -98,8 +98,14 @@ NOTES = (
 )
 
 
+def unquantized(flags: Sequence[str]) -> str:
+    """What one would serve unquantized: bf16, but fp32 on a CPU without instructions for bf16."""
+    return "bf16" if {"avx512_bf16", "amx_bf16"} & set(flags) else "fp32"
+
+
 def default_names(flags: Sequence[str], calibrated: bool, quick: bool = False) -> list[str]:
-    """All configurations that differ on a CPU with these flags (`provenance.machine`).
+    """All configurations that differ on a CPU with these flags (`provenance.machine`), less those
+    of an unquantized output layer, which are asked for by name.
 
     Args:
         calibrated: whether there is a calibrated checkpoint.
@@ -110,6 +116,7 @@ def default_names(flags: Sequence[str], calibrated: bool, quick: bool = False) -
         for name, configuration in CONFIGURATIONS.items()
         if not quick or name in QUICK
         if name != "w4a16-weights-only" or "amx_tile" in flags
+        if configuration.engine != FLEX_HEAD_ENGINE
         if (calibrated or configuration.engine != CALIBRATED_ENGINE)
     ]
 

@@ -37,7 +37,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.provenance import ROOT, hash_file, provenance, write_json
+from benchmarks.provenance import ROOT, hash_file, machine, provenance, write_json
 from benchmarks.quality import teacher_forcing
 from benchmarks.quality.engine import compute_references
 from benchmarks.quality.sequences import TEXT, TokenSequence, summarise
@@ -49,6 +49,7 @@ from benchmarks.serving.configurations import (
     FLEX_ENGINE,
     Configuration,
     engine_specs,
+    unquantized,
 )
 from benchmarks.serving.replay_client import SAMPLE, Outcome, Planned, bits_of, replay, series
 from benchmarks.serving.replay_client import summary as summary_of
@@ -174,7 +175,8 @@ def run(
 def configurations_of(calibrated: bool, target_ms: float) -> list[Configuration]:
     """What is compared: static choices, and policies of one flexquant server."""
     engine = CALIBRATED_ENGINE if calibrated else FLEX_ENGINE
-    found = [CONFIGURATIONS[name] for name in ("bf16", "w8a8", "w4a16")]
+    stock = (unquantized(machine()["flags"]), "w8a8", "w4a16")
+    found = [CONFIGURATIONS[name] for name in stock]
     found += [CONFIGURATIONS[f"{engine}-{width}"] for width in (8, 4)]
     free = {"target_ms": None}
     found = [c if c.change is None else _also(c, free) for c in found]
@@ -290,7 +292,7 @@ def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "out" / "replay.json")
     options = parser.parse_args(arguments)
-    options.seconds = options.seconds or (20.0 if options.quick else 40.0)
+    options.seconds = options.seconds or (16.0 if options.quick else 26.0)
     options.rounds = options.rounds or 1
     return options
 
@@ -352,7 +354,7 @@ def measure(
     arrivals, nearest, texts, trace = prepare(options, model, folder)
     calibrated = options.calibrated is not None
     engine = CALIBRATED_ENGINE if calibrated else FLEX_ENGINE
-    names = ["bf16", "w8a8", "w4a16", f"{engine}-8"]
+    names = [unquantized(machine()["flags"]), "w8a8", "w4a16", f"{engine}-8"]
     unavailable: dict[str, str] = {}
     specs = engine_specs(model, names, folder, False, options.calibrated, unavailable)
     environ = {
@@ -362,16 +364,17 @@ def measure(
     arguments = ("--logits-processors", teacher_forcing.NAME)
     console.print(f"servers: {', '.join(specs)}")
     with servers.serving(list(specs.values()), folder, arguments, environ, unavailable) as running:
-        for name, reason in unavailable.items():
-            console.print(f"  without {name}: {reason}", highlight=False)
         if engine not in running:
             raise ServerError(f"flexquant does not start: {unavailable[engine]}")
         static = _also(CONFIGURATIONS[f"{engine}-8"], {"target_ms": None})
-        for name in running:
-            if name != engine:
-                stock = CONFIGURATIONS[name]
-                plan = [Planned(0.0, text) for text in texts[:4]]
-                run(running[name], stock, plan, "warm", TOGETHER)
+        warm = [Planned(0.0, text) for text in texts[:4]]
+        for name in [name for name in running if name != engine]:
+            outcomes, _ = run(running[name], CONFIGURATIONS[name], warm, "warm", TOGETHER)
+            if failed := [o.error for o in outcomes if not o.done]:
+                unavailable[name] = f"its first requests failed: {failed[0]}"
+                running.pop(name).stop()
+        for name, reason in unavailable.items():
+            console.print(f"  without {name}: {reason}", highlight=False)
         capacity = measure_capacity(running[engine], static, nearest, texts, console)
         target = capacity["token_seconds"]
         first_target = PATIENT * capacity["first_token_seconds"]

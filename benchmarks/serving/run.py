@@ -6,7 +6,7 @@
 
 All engines are up at the same time and stopped while another is measured. First each decodes a
 given text, and its KL to the fp32 reference must be what it should be; then, round after round and
-in an order that changes, each generates 48 tokens after 32 at every batch size, which gives the
+in an order that changes, each generates 32 tokens after 32 at every batch size, which gives the
 decode speed, and takes in 256 tokens, which gives the time to the first token. Speeds are compared
 within a round. An engine that cannot be had or started is left out, and its reason is written down.
 Without `--calibrated` there is nothing under policy budget. Writes JSON and pictures.
@@ -53,7 +53,7 @@ from demo.get_model import ModelError, get_model
 
 BATCHES = (1, 4, 16, MAX_SEQS)
 QUICK_BATCHES = (1, 16)
-PROMPT, TOKENS, PREFILL = 32, 48, 256
+PROMPT, TOKENS, PREFILL = 32, 32, 256
 SCORED_PROMPT, SCORED_TOKENS = 16, 97
 RESULTS = ROOT / "benchmarks" / "results"
 BUSY = 0.05
@@ -65,7 +65,7 @@ def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Tokens per second in vLLM on a CPU.")
     parser.add_argument("--model", help="unquantized checkpoint folder (default: the demo's model)")
     parser.add_argument("--calibrated", type=Path, help="calibrated checkpoint of it")
-    parser.add_argument("--quick", action="store_true", help="2 rounds, fewer configurations")
+    parser.add_argument("--quick", action="store_true", help="1 round, fewer configurations")
     parser.add_argument("--compiled", action="store_true", help="torch.compile in every engine")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--batches", type=int, nargs="+")
@@ -89,7 +89,7 @@ def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     # everything is compared with bf16
     options.configurations = list(dict.fromkeys(["bf16", *names]))
-    options.rounds = options.rounds or (2 if options.quick else 5)
+    options.rounds = options.rounds or (1 if options.quick else 3)
     return options
 
 

@@ -51,7 +51,7 @@ from demo.get_model import ModelError, get_model
 from demo.server import ServerError, VllmServer, find_vllm
 
 INPUT, OUTPUT = 32, 48
-CONCURRENCY = {1: 4, 4: 12, 16: 32, 32: 64}
+CONCURRENCY = {1: 2, 4: 8, 16: 16, 32: 32}
 """Requests at a time, and in all."""
 
 QUICK = {1: 2, 16: 16}
@@ -62,7 +62,7 @@ KEPT = (
 """Of what `vllm bench serve` returns."""
 
 SCORED = 4
-THROUGHPUT_PROMPTS = 48
+THROUGHPUT_PROMPTS = 32
 OF_ENVIRONMENT = {
     "calibrated-8": {"VLLM_FLEXQUANT_POLICY": "static", "VLLM_FLEXQUANT_WIDTH": "8"},
     "calibrated-4": {"VLLM_FLEXQUANT_POLICY": "static", "VLLM_FLEXQUANT_WIDTH": "4"},
@@ -298,19 +298,29 @@ def measure(
     arguments = ("--logits-processors", teacher_forcing.NAME)
     console.print(f"servers: {', '.join(specs)}")
     with servers.serving(list(specs.values()), folder, arguments, environ, unavailable) as running:
-        for name, reason in unavailable.items():
-            console.print(f"  without {name}: {reason}", highlight=False)
         if missing := {"bf16", CALIBRATED_ENGINE if calibrated else FLEX_ENGINE} - running.keys():
             raise ServerError(f"{missing.pop()} does not start")
-        compared = [c for c in compared if c.engine in running]
-        quality = {c.name: quality_of(running[c.engine], c, sequences, folder) for c in compared}
-        found = measure_serve(running, compared, model, concurrency, options.rounds, console)
+        quality: dict[str, dict[str, Any]] = {}
+        for configuration in compared:
+            server = running.get(configuration.engine)
+            try:
+                if server is not None:
+                    found = quality_of(server, configuration, sequences, folder)
+                    quality[configuration.name] = found
+            except ServerError as error:
+                unavailable[configuration.name] = str(error)
+        for name, why in unavailable.items():
+            console.print(f"  without {name}: {why}", highlight=False)
+        if "bf16" not in quality:
+            raise ServerError("bf16, with which all is compared, does not run")
+        compared = [c for c in compared if c.name in quality]
+        rounds = measure_serve(running, compared, model, concurrency, options.rounds, console)
         some = client_arguments(running["bf16"], model, 1, concurrency[1], 0)
     throughput: dict[str, Any] = {}
     if not options.quick:
         throughput, failed = measure_throughput(specs, compared, folder, console)
         unavailable |= {f"throughput of {name}": why for name, why in failed.items()}
-    serve = summarise_serve(found)
+    serve = summarise_serve(rounds)
     return {
         "settings": {
             "rounds": options.rounds,

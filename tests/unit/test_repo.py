@@ -73,6 +73,9 @@ def test_ignored_files_are_not_checked(tmp_path):
         ("demo", "-m demo.run --quick"),
         ("test", "-m pytest --quick"),
         ("test-fast", "-m pytest -m 'not engine' --quick"),
+        ("bench", "-m benchmarks.bench   --quick"),
+        ("bench-gate", "-m benchmarks.regression --quick"),
+        ("report", "-m benchmarks.report --readme --quick"),
         ("aot", "tools/check_triton.py --quick"),
         ("sanitize", "tools/sanitize_kernels.py --quick"),
         ("lint", "pre-commit run --all-files"),
@@ -94,7 +97,7 @@ def test_help_is_the_default_and_lists_every_target():
         assert f"make {target} " in listing
 
 
-def test_ci_runs_lint_test_aot_and_sanitize():
+def test_ci_runs_every_check():
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
     text = script.read_text()
@@ -103,6 +106,7 @@ def test_ci_runs_lint_test_aot_and_sanitize():
         "cross_tools",
         "make lint",
         "make test",
+        "make bench-gate",
         "make aot",
         "make sanitize",
     ]
