@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from benchmarks.environment import ToolError
 from benchmarks.peers import llama
+from benchmarks.provenance import machine
 from benchmarks.serving.checkpoints import SCHEMES, make_checkpoint
 from benchmarks.serving.engine import EngineSpec
 
@@ -98,6 +100,13 @@ NOTES = (
 )
 
 
+def no_w4a16() -> str:
+    """Why vLLM's CPU backend has no kernel for W4A16 here; empty where it has."""
+    if platform.machine() != "x86_64" or "avx512f" in machine()["flags"]:
+        return ""
+    return "vLLM compiles its W4A16 kernel for AVX512 only (no cpu_gemm_wna16 on AVX2)"
+
+
 def unquantized(flags: Sequence[str]) -> str:
     """What one would serve unquantized: bf16, but fp32 on a CPU without instructions for bf16."""
     return "bf16" if {"avx512_bf16", "amx_bf16"} & set(flags) else "fp32"
@@ -170,6 +179,9 @@ def engine_specs(
                 "VLLM_FLEXQUANT_POLICY": "static",
                 "VLLM_FLEXQUANT_OUTPUT_LAYER": quantized,
             }
+        elif engine.startswith("w4a16") and no_w4a16() and unavailable is not None:
+            unavailable[engine] = no_w4a16()
+            continue
         elif engine != "bf16":
             scheme = engine.removesuffix("-weights-only")
             served = str(folder / scheme)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.serving.configurations import no_w4a16
 from vllm_flexquant.config import FlexQuantOptions
 from vllm_flexquant.quantize.export import ExportOptions, export_checkpoint
 from vllm_flexquant.quantize.pipeline import quantize_checkpoint
@@ -71,6 +72,7 @@ def plain_model(folder, base):
     return model
 
 
+@pytest.mark.skipif(bool(no_w4a16()), reason=no_w4a16() or "there is a kernel")
 def test_stock_vllm_answers_from_an_exported_checkpoint_as_transformers_does(
     exported, smollm2, tmp_path
 ):

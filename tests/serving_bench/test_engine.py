@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One stock vLLM engine on a W4A16 checkpoint, driven as the benchmark does."""
+"""One stock vLLM engine on a quantized checkpoint, driven as the benchmark does."""
 
 import time
 from collections.abc import Iterator
@@ -7,25 +7,26 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.serving.configurations import engine_specs
+from benchmarks.serving.configurations import engine_specs, no_w4a16
 from benchmarks.serving.owners import OURS, OWNERS
 from benchmarks.serving.process import EngineError, EngineProcess, running
 
+SCHEME, KERNEL = ("w8a8", "ScaledMM") if no_w4a16() else ("w4a16", "CPUWNA16LinearKernel")
 PROMPTS = [[1, *range(100 + 50 * i, 131 + 50 * i)] for i in range(3)]
 
 
 @pytest.fixture(scope="module")
 def engine(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
     folder = tmp_path_factory.mktemp("serving")
-    specs = engine_specs(str(smollm2), ["w4a16"], folder, compiled=False)
+    specs = engine_specs(str(smollm2), [SCHEME], folder, compiled=False)
     with running(list(specs.values()), folder) as engines:
-        yield engines["w4a16"]
+        yield engines[SCHEME]
 
 
 @pytest.mark.engine
 def test_stock_vllm_serves_the_checkpoint_and_is_profiled(engine):
     kernels = engine.facts["kernels"]
-    (linear,) = [name for name in kernels if "CPUWNA16LinearKernel" in name]
+    (linear,) = [name for name in kernels if KERNEL in name]
     (output,) = [name for name in kernels if name.startswith("output layer")]
     assert (kernels[linear], kernels[output]) == (120, 1)
     assert "Unquantized" in output
@@ -49,5 +50,5 @@ def test_stock_vllm_serves_the_checkpoint_and_is_profiled(engine):
     assert owners["output layer"]["calls"] == 1
     assert ("attention", 30) in {(o["owner"], o["calls"]) for o in profile["operators"]}
 
-    with pytest.raises(EngineError, match=r"(?s)engine w4a16 ended with status 1.*KeyError"):
+    with pytest.raises(EngineError, match=rf"(?s)engine {SCHEME} ended with status 1.*KeyError"):
         engine.ask("sing")
