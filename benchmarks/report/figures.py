@@ -124,14 +124,16 @@ def _speed_panel(axis: Any, configurations: Mapping[str, Any], batch: str, text:
         own = sorted(points[found])
         xs, ys = [p[0] for p in own], [p[1] for p in own]
         size = 11 if marker == "*" else 7
-        axis.plot(xs, ys, line or "none", color=colour, marker=marker, markersize=size, label=found)
+        style = {"linestyle": line or "none", "color": colour, "marker": marker, "label": found}
+        axis.plot(xs, ys, markersize=size, **style)
         for x, y, label in own:
             axis.annotate(
                 label, (x, y), textcoords="offset points", xytext=(6, 5), fontsize=8, color=text
             )
     axis.axhline(1.0, color=text, linewidth=0.6, alpha=0.4)
     axis.set_xscale("symlog", linthresh=LINEAR_BELOW)
-    axis.set_xlim(left=-LINEAR_BELOW / 3)
+    most = max(kl for own in points.values() for kl, _, _ in own)
+    axis.set_xlim(-LINEAR_BELOW / 3, 2.2 * max(most, LINEAR_BELOW))
     axis.set_ylim(bottom=0)
     axis.set_title(f"{batch} request{'' if batch == '1' else 's'} at a time")
     axis.set_xlabel("KL to the unquantized model, nats per token (better to the left)")

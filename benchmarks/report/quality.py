@@ -101,8 +101,8 @@ def draw(results: Mapping[str, Any], folder: Path) -> None:
             for name, (colour, marker, line) in FAMILIES.items():
                 if name in points:
                     xs, ys = zip(*sorted(points[name]), strict=True)
-                    style = line or "none"
-                    axis.plot(xs, ys, style, color=colour, marker=marker, label=name)
+                    style = {"linestyle": line or "none", "color": colour, "marker": marker}
+                    axis.plot(xs, ys, label=name, **style)
             axis.set_yscale("log")
             axis.set_xlim(3.5, 17)
             axis.set_title(text, color=THEMES[theme]["text"])

@@ -31,6 +31,7 @@ class Duel:
     """A static choice against the fastest flexquant configuration of no more KL.
 
     ratio: its speed over the static choice's; None where every flexquant configuration has more KL.
+    nearest: the same of the flexquant configuration of least KL.
     """
 
     static: str
@@ -39,6 +40,7 @@ class Duel:
     flexquant: str | None
     flexquant_kl: float | None
     ratio: float | None
+    nearest: float
 
 
 def over_bf16(entry: Mapping[str, Any], batch: str) -> dict[str, Any] | None:
@@ -80,6 +82,7 @@ def duels(configurations: Mapping[str, Any], batch: str) -> list[Duel]:
                 configurations[best]["label"] if best else None,
                 able[best][0] if best else None,
                 able[best][1] / speed["median"] if best else None,
+                min(ours.values())[1] / speed["median"],
             )
         )
     return found
@@ -104,20 +107,20 @@ def main_table(results: Mapping[str, Any]) -> str:
     rows = []
     for entry in results["configurations"].values():
         quality = entry["quality"]
-        bits = entry.get("mean_bits")
-        held = entry.get("weights_mb")
+        bits = entry["decode_tokens_per_second"].get("1", {}).get("mean_bits")
+        stored = entry["stored_bytes"]
         rows.append(
             [
                 entry["label"],
                 "–" if bits is None else f"{bits:.2f}",
-                "–" if held is None else f"{held:.0f}",
+                "–" if stored is None else f"{stored / 1e6:.0f}",
                 nats(quality["kl"], quality["kl_standard_error"]),
                 percent(quality["top1"]),
                 f"{exp(quality['nll']):.2f}",
                 *(ratio(over_bf16(entry, batch)) for batch in batches),
             ]
         )
-    headings = ["", "mean bits", "MB held", "KL", "top-1", "perplexity", *map(heading, batches)]
+    headings = ["", "mean bits", "MB stored", "KL", "top-1", "perplexity", *map(heading, batches)]
     return table(headings, rows)
 
 
@@ -143,19 +146,41 @@ def duel_table(results: Mapping[str, Any]) -> str:
 
 def losses(results: Mapping[str, Any]) -> str:
     """Where a static choice wins: a line for each."""
-    lines: list[tuple[str, str, float | None]] = []
+    by_static: dict[str, list[str]] = {}
     for batch in batches_of(results):
         for duel in duels(results["configurations"], batch):
-            where = "taking in a prompt" if batch == PROMPT else heading(batch)
+            where = "a prompt" if batch == PROMPT else heading(batch)
             if duel.ratio is None:
-                lines.append((duel.static, where, None))
+                words = f"{1 / duel.nearest:.2f} times the speed of the nearest of ours"
             elif duel.ratio < 1:
-                lines.append((duel.static, where, duel.ratio))
-    by_static: dict[str, list[str]] = {}
-    for static, where, over in lines:
-        words = "nearer to the reference" if over is None else f"{1 / over:.2f} times as fast"
-        by_static.setdefault(static, []).append(f"{where} ({words})")
-    return "\n".join(f"- **{static}**: {', '.join(w)}." for static, w in by_static.items())
+                words = f"{1 / duel.ratio:.2f} times as fast at no more KL"
+            else:
+                continue
+            by_static.setdefault(duel.static, []).append(f"{where}: {words}")
+    nearer = {
+        d.static
+        for d in duels(results["configurations"], batches_of(results)[0])
+        if d.ratio is None
+    }
+    return "\n".join(
+        f"- **{static}**{' (nearer to the reference than any of ours)' * (static in nearer)}: "
+        f"{'; '.join(words)}."
+        for static, words in by_static.items()
+    )
+
+
+def llama_words(results: Mapping[str, Any]) -> str:
+    """What llama.cpp's files are; empty without them."""
+    files = results.get("llama_cpp", {}).get("files")
+    if not files:
+        return ""
+    parts = []
+    for name, found in files.items():
+        label = results["configurations"][name]["label"]
+        types = ", ".join(f"{count} {kind}" for kind, count in found["tensor_types"].items())
+        parts.append(f"{label} has {found['bits_per_weight']:.2f} bits per weight ({types})")
+    note, package = results["llama_cpp"]["note"], results["llama_cpp"]["package"]
+    return f"llama.cpp is {package}, compiled for this processor. {'; '.join(parts)}. {note}"
 
 
 def section(results: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
@@ -166,8 +191,10 @@ def section(results: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
         f"Speed is tokens per second while decoding (last column: of a prompt of "
         f"{settings['prefill_tokens']}), as a multiple of bf16's in the same round; median and "
         f"quartiles of {settings['rounds']} rounds. KL in nats per token, top-1 and perplexity are "
-        f"of {settings['scored_tokens']} tokens that the same engines decoded. MB held are of all "
-        "weights as the system keeps them.",
+        f"of {settings['scored_tokens']} tokens that the same engines decoded. Mean bits: of the "
+        "decode steps of one request, where widths can be told. MB stored: the files that are "
+        "served from; – where the unquantized ones are quantized while they load.",
+        llama_words(results),
         listing(results.get("unavailable", {})),
         f"While measuring, other processes used {percent(load['other_processes'])} of the cores, "
         f"and the host took {percent(load['stolen_by_host'])}.",

@@ -13,6 +13,7 @@ def entry(label: str, kl: float, speeds: dict[str, float], prompt: float) -> dic
 
     return {
         "label": label,
+        "stored_bytes": None,
         "quality": {"kl": kl, "kl_standard_error": 0.001, "top1": 0.9, "nll": 1.0},
         "decode_tokens_per_second": {batch: against(v) for batch, v in speeds.items()},
         "prefill_tokens_per_second": against(prompt),
@@ -49,9 +50,10 @@ def test_a_static_choice_meets_the_fastest_of_no_more_kl(results):
 def test_losses_name_each_case(results):
     lines = speed.losses(results).splitlines()
     assert lines == [
-        "- **bf16**: 1 request (nearer to the reference), 16 requests (nearer to the reference), "
-        "taking in a prompt (nearer to the reference).",
-        "- **W8A8**: taking in a prompt (2.22 times as fast).",
+        "- **bf16** (nearer to the reference than any of ours): 1 request: 0.71 times the speed of "
+        "the nearest of ours; 16 requests: 0.77 times the speed of the nearest of ours; a prompt: "
+        "1.11 times the speed of the nearest of ours.",
+        "- **W8A8**: a prompt: 2.22 times as fast at no more KL.",
     ]
 
 
