@@ -62,7 +62,7 @@ class Stage:
 
 
 STAGES = (
-    Stage("speed", "benchmarks.serving.run", 16, 5),
+    Stage("speed", "benchmarks.serving.run", 15, 6, ("--batches", "1", "4", "16")),
     Stage("quality", "benchmarks.quality.served", 10, 2),
     Stage("replay", "benchmarks.serving.replay", 11, 3),
     Stage("vllm-bench", "benchmarks.serving.vllm_bench", 12, None),

@@ -335,6 +335,7 @@ def main() -> None:
     """Measure, print and write."""
     options = read_options()
     console = Console()
+    servers.end_with_servers()
     try:
         model = options.model or str(get_model())
         facts = provenance(model, options.text)

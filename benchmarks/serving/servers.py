@@ -13,6 +13,8 @@ binds to all cores but one.
 from __future__ import annotations
 
 import json
+import signal
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -54,6 +56,11 @@ def environ_of(spec: EngineSpec) -> dict[str, str]:
     # vLLM serves only the endpoints of plugins that are named; stock engines get no plugin
     plugin = {"VLLM_PLUGINS": "flexquant" if is_flexquant(spec) else ""}
     return plugin | {"HF_HUB_OFFLINE": "1"} | spec.environ
+
+
+def end_with_servers() -> None:
+    """Let a SIGTERM to this process end it as an interrupt does, so that servers are stopped."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 
 @contextmanager

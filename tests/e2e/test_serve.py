@@ -119,7 +119,7 @@ def test_metrics_follow_the_steps(server):
         for name in ("decode_steps", "decode_step_bits")
     )
     assert steps == 19  # the first token comes of the prompt
-    assert bits == 6 * steps
+    assert bits == pytest.approx(6 * steps)  # a difference of sums
     assert after["vllm:flexquant_mean_bits"] == 6
     assert after["vllm:flexquant_entropy_nats"] > 0
     assert after["vllm:flexquant_unknown_rows_total"] == 0
