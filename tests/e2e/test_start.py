@@ -59,7 +59,7 @@ def test_compiled_engine_never_recompiles_and_restarts_to_the_same_tokens(
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "vllm"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     runs = []
-    for start in range(3):  # cold, then twice with the cache warm
+    for start in range(2):  # cold, then with the cache warm
         with running_engine(
             smollm2, quantization="flexquant", dtype="bfloat16", enforce_eager=False
         ) as llm:
@@ -74,7 +74,7 @@ def test_compiled_engine_never_recompiles_and_restarts_to_the_same_tokens(
             if start == 0:
                 switch_often(llm, greedy_tokens)
                 assert llm.collective_rpc(workers.compile_counters) == before
-    assert runs[0] == runs[1] == runs[2]
+    assert runs[0] == runs[1]
     # inductor fuses elementwise operations and rounds them elsewhere than eager code
     for width, run in zip((4, 8), runs[0], strict=True):
         assert [t[:2] for t in run] == [t[:2] for t in at_width[width]]
@@ -84,7 +84,14 @@ def switch_often(llm, params):
     """At least 200 changes of the widths, step by step."""
     changes = 0
     for _ in range(20):
-        pin(llm, policy="entropy", entropy_low=0.0, entropy_high=6.0, hysteresis=0.0)
+        pin(
+            llm,
+            policy="entropy",
+            entropy_low=0.0,
+            entropy_high=6.0,
+            hysteresis=0.0,
+            up_for_free=False,  # else it depends on the processor whether widths change
+        )
         llm.collective_rpc("flexquant_trace", args=(True,))
         longer = params.clone()
         longer.max_tokens = 64
