@@ -62,9 +62,9 @@ class Stage:
 
 
 STAGES = (
-    Stage("speed", "benchmarks.serving.run", 15, 6, ("--batches", "1", "4", "16")),
-    Stage("quality", "benchmarks.quality.served", 10, 2),
-    Stage("replay", "benchmarks.serving.replay", 11, 3),
+    Stage("speed", "benchmarks.serving.run", 15, 4, ("--batches", "1", "4", "16")),
+    Stage("quality", "benchmarks.quality.served", 10, None),
+    Stage("replay", "benchmarks.serving.replay", 10, 4),
     Stage("vllm-bench", "benchmarks.serving.vllm_bench", 12, None),
     Stage("tasks", "benchmarks.quality.tasks", 8, None),
     Stage(

@@ -78,7 +78,7 @@ CONFIGURATIONS = {
 }
 
 QUICK = (
-    *("bf16", "w8a8", "w4a16", "flexquant-8", "flexquant-4"),
+    *("bf16", "w8a8", "w4a16"),
     *("calibrated-8", "calibrated-6", "calibrated-4", "budget-0.03"),
     *("llama-q8_0", "llama-q4_0"),
 )

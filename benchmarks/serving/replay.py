@@ -85,6 +85,7 @@ PATIENT = 3.0
 """The target of the time to the first token is so many times that at capacity."""
 
 CAPACITY_REQUESTS = 48
+QUICKLY_LEFT_OUT = ("w8a8", "w4a16", "budget-0.03", "calibrated-4", "flexquant-4")
 MADE_REQUESTS = 4000
 COUNTERS = {"steps": "decode_steps", "bits": "decode_step_bits"}
 
@@ -356,6 +357,8 @@ def measure(
     calibrated = options.calibrated is not None
     engine = CALIBRATED_ENGINE if calibrated else FLEX_ENGINE
     names = [unquantized(machine()["flags"]), "w8a8", "w4a16", f"{engine}-8"]
+    if options.quick:
+        names = [name for name in names if name not in QUICKLY_LEFT_OUT]
     unavailable: dict[str, str] = {}
     specs = engine_specs(model, names, folder, False, options.calibrated, unavailable)
     environ = {
@@ -381,9 +384,7 @@ def measure(
         first_target = PATIENT * capacity["first_token_seconds"]
         compared = [c for c in configurations_of(calibrated, 1e3 * target) if c.engine in running]
         if options.quick:
-            compared = [
-                c for c in compared if c.name not in ("w4a16", "budget-0.03", f"{engine}-4")
-            ]
+            compared = [c for c in compared if c.name not in QUICKLY_LEFT_OUT]
         found: dict[str, Any] = {}
         for load, stretches in loads(options.seconds).items():
             if options.quick and load != "burst":
