@@ -20,6 +20,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
+from math import nan
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,6 +30,8 @@ from rich.console import Console
 from benchmarks.provenance import provenance, write_json
 from benchmarks.quality.calibrated import Comparison, StoredCheckpoint, read_tokens, storage
 from benchmarks.quality.sequences import TEXT, mean_and_error
+from benchmarks.serving.configurations import unquantized
+from benchmarks.serving.summary import over
 from vllm_flexquant.quantize.blocks import BlockModel
 from vllm_flexquant.quantize.prune import prune_checkpoint
 
@@ -191,13 +194,17 @@ def elastic_rows(found: Mapping[str, Any] | None) -> list[Row]:
 def widths(results: Mapping[str, Any]) -> Row:
     """Speed by width."""
     ours, source = missing("speed")
+    base = "the unquantized model"
     if "speed" in results:
+        base = unquantized(results["speed"]["flags"])
         entries = results["speed"]["configurations"]
         parts = []
         for width in (8, 6, 4):
             if entry := entries.get(f"calibrated-{width}"):
-                speed = entry["decode_tokens_per_second"]["1"]["against"]["bf16"]["median"]
-                parts.append(f"{speed:.2f} at {width} bits, KL {entry['quality']['kl']:.4f}")
+                speed = over(entry, entries[base], "1") or {"median": nan}
+                parts.append(
+                    f"{speed['median']:.2f} at {width} bits, KL {entry['quality']['kl']:.4f}"
+                )
         ours = "; ".join(parts) or ours
         source = "speed.json: configurations.calibrated-*" if parts else source
     return Row(
@@ -208,8 +215,8 @@ def widths(results: Mapping[str, Any]) -> Row:
         "tokens per second of AnyBCQ's table, divided here",
         ours,
         source,
-        "One request. Theirs: a GPU limited by memory. Ours: tokens per second over bf16's on two "
-        "CPU cores.",
+        f"One request. Theirs: a GPU limited by memory. Ours: tokens per second over {base}'s on a "
+        "CPU.",
     )
 
 
@@ -330,10 +337,14 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="little text for the footprints")
     options = parser.parse_args()
     files = {stage: options.results / f"{stage}.json" for stage in STAGES}
-    results = {
-        stage: json.loads(file.read_text(encoding="utf-8"))["results"]
+    written = {
+        stage: json.loads(file.read_text(encoding="utf-8"))
         for stage, file in files.items()
         if file.is_file()
+    }
+    results = {
+        stage: content["results"] | {"flags": content["provenance"]["machine"]["flags"]}
+        for stage, content in written.items()
     }
     facts = provenance(options.model, TEXT)
     found = None

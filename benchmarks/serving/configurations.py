@@ -118,12 +118,12 @@ def default_names(flags: Sequence[str], calibrated: bool, quick: bool = False) -
 
     Args:
         calibrated: whether there is a calibrated checkpoint.
-        quick: only those of `QUICK`.
+        quick: only those of `QUICK`, and what is compared with.
     """
     return [
         name
         for name, configuration in CONFIGURATIONS.items()
-        if not quick or name in QUICK
+        if not quick or name in (*QUICK, unquantized(flags))
         if name != "w4a16-weights-only" or "amx_tile" in flags
         if configuration.engine != FLEX_HEAD_ENGINE
         if (calibrated or configuration.engine != CALIBRATED_ENGINE)

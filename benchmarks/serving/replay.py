@@ -7,8 +7,9 @@
 Arrival times and lengths come from a file (`replay_trace.py` says of which form); without one a
 trace is made up, and the results say so. Lengths are divided to fit the machine; times are
 stretched so that what arrives is a share of the machine's *capacity*, the tokens per second at
-static 8 bit with 16 requests at a time. Loads: `steady`, 0.7 of it; `burst`, the same but for a
-stretch of 3 times capacity. Requests are sent at their times, whatever the server does.
+static 8 bit while 16 requests are under way. Loads: `steady`, 0.7 of it; `burst`, the same but for
+a stretch of 3 times capacity. Requests are sent at their times, whatever the server does, and a run
+ends when the last one is answered, so that percentiles are of all of them.
 
 Every request decodes a given text (teacher-forced), so that answers have the trace's lengths and
 one token of eight can be compared with the unquantized model while the server is under load. All
@@ -26,7 +27,10 @@ import math
 import random
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
@@ -51,7 +55,16 @@ from benchmarks.serving.configurations import (
     engine_specs,
     unquantized,
 )
-from benchmarks.serving.replay_client import SAMPLE, Outcome, Planned, bits_of, replay, series
+from benchmarks.serving.replay_client import (
+    SAMPLE,
+    Outcome,
+    Planned,
+    bits_along,
+    bits_of,
+    replay,
+    series,
+    steady_speed,
+)
 from benchmarks.serving.replay_client import summary as summary_of
 from benchmarks.serving.replay_trace import (
     ANSWERS,
@@ -88,6 +101,9 @@ CAPACITY_REQUESTS = 48
 QUICKLY_LEFT_OUT = ("w8a8", "w4a16", "budget-0.03", "calibrated-4", "flexquant-4")
 MADE_REQUESTS = 4000
 COUNTERS = {"steps": "decode_steps", "bits": "decode_step_bits"}
+
+Reading = tuple[float, dict[str, float]]
+"""Seconds from the start of a run, and the server's counters then."""
 
 
 def loads(seconds: float) -> dict[str, list[Stretch]]:
@@ -141,10 +157,32 @@ def plan_of(
         count += 1
     times = spread_over([a.seconds for a in arrivals[:count]], stretches)
     plan = []
-    for i, time in zip(range(count), times, strict=True):
+    for i, seconds in zip(range(count), times, strict=True):
         text = texts[nearest[i]]
-        plan.append(Planned(time, replace(text, id=f"{text.id}.{i % NAMES}")))
+        plan.append(Planned(seconds, replace(text, id=f"{text.id}.{i % NAMES}")))
     return plan
+
+
+def offer(
+    plan: Sequence[Planned], stretches: Sequence[Stretch], capacity: float
+) -> list[dict[str, float]]:
+    """What is asked for in each stretch: requests, tokens of prompts and answers, and those of the
+    answers per second as a share of capacity."""
+    found, start = [], 0.0
+    for number, stretch in enumerate(stretches):
+        end = math.inf if number == len(stretches) - 1 else start + stretch.seconds
+        own = [p.sequence for p in plan if start <= p.seconds < end]
+        answers = sum(len(s.forced) for s in own)
+        found.append(
+            {
+                "requests": len(own),
+                "prompt_tokens": sum(len(s.prompt) for s in own),
+                "answer_tokens": answers,
+                "share": answers / stretch.seconds / capacity,
+            }
+        )
+        start = end
+    return found
 
 
 def counters(server: VllmServer) -> dict[str, float]:
@@ -164,13 +202,34 @@ def run(
     plan: Sequence[Planned],
     name: str,
     together: int | None = None,
-) -> tuple[list[Outcome], float | None]:
-    """Replay a plan; what came of each request, and the mean bits of the decode steps."""
+) -> tuple[list[Outcome], list[Reading]]:
+    """Replay a plan; what came of each request, and the server's counters meanwhile."""
     with servers.awake(server):
         servers.use(server, configuration)
-        before = counters(server)
-        outcomes = asyncio.run(replay(server.url, plan, name, together))
-        return outcomes, bits_of(before, counters(server))
+        with watched(server) as readings:
+            outcomes = asyncio.run(replay(server.url, plan, name, together))
+        return outcomes, readings
+
+
+@contextmanager
+def watched(server: VllmServer) -> Iterator[list[Reading]]:
+    """The counters of a server each second, as seconds from now and values."""
+    readings = [(0.0, counters(server))]
+    start, ended = time.monotonic(), threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(1.0):
+            with suppress(OSError):  # too busy to answer: the next reading tells
+                readings.append((time.monotonic() - start, counters(server)))
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield readings
+    finally:
+        ended.set()
+        watcher.join()
+    readings.append((time.monotonic() - start, counters(server)))
 
 
 def configurations_of(calibrated: bool, target_ms: float) -> list[Configuration]:
@@ -212,12 +271,12 @@ def measure_capacity(
     run(server, static, plan[:4], "warm", TOGETHER)
     outcomes, _ = run(server, static, plan, "capacity", TOGETHER)
     found = summary_of(outcomes, math.inf, math.inf)
+    speed = steady_speed(outcomes)
     console.print(
-        f"  capacity: {found['tokens_per_second']:.1f} tokens/s, "
-        f"{1e3 * found['token_seconds']['p50']:.0f} ms per token"
+        f"  capacity: {speed:.1f} tokens/s, {1e3 * found['token_seconds']['p50']:.0f} ms per token"
     )
     return {
-        "tokens_per_second": found["tokens_per_second"],
+        "tokens_per_second": speed,
         "token_seconds": found["token_seconds"]["p50"],
         "first_token_seconds": found["first_token_seconds"]["p50"],
     }
@@ -386,10 +445,12 @@ def measure(
         if options.quick:
             compared = [c for c in compared if c.name not in QUICKLY_LEFT_OUT]
         found: dict[str, Any] = {}
+        offered: dict[str, Any] = {}
         for load, stretches in loads(options.seconds).items():
             if options.quick and load != "burst":
                 continue
             plan = plan_of(arrivals, nearest, texts, stretches, capacity["tokens_per_second"])
+            offered[load] = offer(plan, stretches, capacity["tokens_per_second"])
             console.print(f"{load}: {len(plan)} requests in {options.seconds:g} s")
             rounds: dict[str, list[dict[str, Any]]] = {c.name: [] for c in compared}
             lines: dict[str, Any] = {}
@@ -398,13 +459,15 @@ def measure(
                 random.Random(f"{load} {number}").shuffle(order)
                 for configuration in order:
                     key = f"{load} {configuration.name} {number}"
-                    outcomes, bits = run(running[configuration.engine], configuration, plan, key)
+                    outcomes, readings = run(
+                        running[configuration.engine], configuration, plan, key
+                    )
                     running[configuration.engine].check()
                     entry = summary_of(outcomes, first_target, target)
                     entry["quality"] = quality_of(folder, key)
-                    entry["mean_bits"] = bits if configuration.change is not None else None
+                    entry["mean_bits"] = bits_of(readings[0][1], readings[-1][1])
                     rounds[configuration.name].append(entry)
-                    lines[configuration.name] = series(outcomes)
+                    lines[configuration.name] = series(outcomes) | {"bits": bits_along(readings)}
                     console.print(
                         f"  {configuration.label}: {entry['within_targets']:.0%} within targets, "
                         f"KL {entry['quality']['kl']:.4f}",
@@ -424,6 +487,7 @@ def measure(
         },
         "trace": trace,
         "capacity": capacity,
+        "offered": offered,
         "unavailable": unavailable,
         "loads": found,
     }

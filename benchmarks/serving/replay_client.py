@@ -187,6 +187,34 @@ def series(outcomes: Sequence[Outcome]) -> dict[str, list[float | None]]:
     }
 
 
+def steady_speed(outcomes: Sequence[Outcome]) -> float:
+    """Tokens per second of a run of so many requests at a time, while none of the places is empty:
+    from the end of the first request to when the last one is sent.
+
+    Raises:
+        ValueError: no request is sent after one has ended.
+    """
+    begin = min(o.tokens[-1] for o in outcomes if o.done)
+    end = max(o.sent for o in outcomes)
+    if not begin < end:
+        raise ValueError("no request was sent after another had ended: there are too few of them")
+    return sum(begin < t <= end for o in outcomes for t in o.tokens) / (end - begin)
+
+
+def bits_along(readings: Sequence[tuple[float, Mapping[str, float]]]) -> list[float | None]:
+    """Second by second, mean bits of the decode steps that ended in it; None where none did.
+
+    Args:
+        readings: seconds from the start and the counters then, ascending, the first at 0.
+    """
+    found: list[float | None] = []
+    for second in range(math.ceil(readings[-1][0]) if readings else 0):
+        before = [c for t, c in readings if t <= second]
+        after = [c for t, c in readings if t <= second + 1]
+        found.append(bits_of(before[-1], after[-1]) if before else None)
+    return found
+
+
 def bits_of(before: Mapping[str, float], after: Mapping[str, float]) -> float | None:
     """Mean bits of the decode steps between two readings of the metrics; None where none ran."""
     steps = after["steps"] - before["steps"]

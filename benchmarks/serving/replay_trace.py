@@ -81,7 +81,9 @@ def made_trace(count: int, seed: int = 0) -> list[Arrival]:
     """Requests of a trace that is made up: for machines that have no other.
 
     Gaps are exponential, and five times as long in every other stretch of about 20 requests;
-    lengths are lognormal with medians of 1020 and 130 tokens and sigmas of 1.0 and 0.9.
+    lengths are lognormal with medians of 1020 and 130 tokens and sigmas of 1.0 and 0.9. It comes in
+    more bursts than the Azure conversation trace: the gaps' standard deviation is 1.4 times their
+    mean, there 1.1.
     """
     generator = random.Random(seed)
     found, now = [], 0.0

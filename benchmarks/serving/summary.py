@@ -44,6 +44,25 @@ def compare(values: Sequence[float], baseline: Sequence[float]) -> dict[str, Any
     return spread([a / b for a, b in zip(values, baseline, strict=True)])
 
 
+def over(
+    entry: Mapping[str, Any], base: Mapping[str, Any], batch: str | None
+) -> dict[str, Any] | None:
+    """Spread of a configuration's speed over another's of the same rounds, from their entries in
+    the results; None where either was not measured.
+
+    Args:
+        batch: requests at a time while decoding; None: of taking in a prompt.
+    """
+
+    def rounds(one: Mapping[str, Any]) -> list[float] | None:
+        by_batch = one["decode_tokens_per_second"]
+        speed = one.get("prefill_tokens_per_second") if batch is None else by_batch.get(batch)
+        return speed["rate"]["rounds"] if speed else None
+
+    values, baseline = rounds(entry), rounds(base)
+    return compare(values, baseline) if values and baseline else None
+
+
 def tokens_per_second(batch: int, steps: Sequence[float]) -> float:
     """Speed of decode steps that took `steps` seconds each and gave `batch` tokens each."""
     return batch * len(steps) / sum(steps)

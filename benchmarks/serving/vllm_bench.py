@@ -31,7 +31,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.provenance import ROOT, command_line, provenance, write_json
+from benchmarks.provenance import ROOT, command_line, machine, provenance, write_json
 from benchmarks.quality import teacher_forcing
 from benchmarks.quality.engine import compute_references
 from benchmarks.quality.sequences import TEXT, TokenSequence, cut_text, summarise
@@ -42,6 +42,7 @@ from benchmarks.serving.configurations import (
     FLEX_ENGINE,
     Configuration,
     engine_specs,
+    unquantized,
 )
 from benchmarks.serving.engine import ENVIRON, EngineSpec
 from benchmarks.serving.replay import records_of
@@ -74,11 +75,12 @@ OF_ENVIRONMENT = {
 
 
 def configurations_of(calibrated: bool) -> list[Configuration]:
-    """What is compared."""
+    """What is compared, and first with what: what one would serve unquantized here."""
     ours = ["calibrated-8", "calibrated-6", "calibrated-4", "budget-0.03"]
     if not calibrated:
         ours = ["flexquant-8", "flexquant-6", "flexquant-4"]
-    return [CONFIGURATIONS[name] for name in ("bf16", "w8a8", "w4a16", *ours)]
+    static = dict.fromkeys((unquantized(machine()["flags"]), "bf16", "w8a8", "w4a16"))
+    return [CONFIGURATIONS[name] for name in (*static, *ours)]
 
 
 def client_arguments(
@@ -170,9 +172,9 @@ def measure_serve(
 
 
 def summarise_serve(
-    found: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]],
+    found: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]], baseline: str
 ) -> dict[str, dict[str, Any]]:
-    """Spread of each figure, and of the output's speed over bf16's of the same round."""
+    """Spread of each figure, and of the output's speed over the baseline's of the same round."""
     results: dict[str, dict[str, Any]] = {}
     for name, by_concurrency in found.items():
         results[name] = {}
@@ -183,8 +185,8 @@ def summarise_serve(
                 if key not in ("completed", "failed")
             }
             speeds = [r["output_throughput"] for r in rounds]
-            base = [r["output_throughput"] for r in found["bf16"][together]]
-            entry["against"] = {"bf16": compare(speeds, base)}
+            base = [r["output_throughput"] for r in found[baseline][together]]
+            entry["against"] = {baseline: compare(speeds, base)}
             results[name][together] = entry
     return results
 
@@ -233,15 +235,15 @@ def measure_throughput(
 def show(results: Mapping[str, Any], console: Console) -> None:
     """Print a line for each configuration."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    entries = results["configurations"]
+    entries, base = results["configurations"], results["settings"]["baseline"]
     table.add_column("", no_wrap=True)
     table.add_column("KL", justify="right")
     columns = list(next(iter(entries.values()))["serve"])
     for together in columns:
-        table.add_column(f"x bf16, {together}", justify="right")
+        table.add_column(f"x {base}, {together}", justify="right")
     for entry in entries.values():
         cells = [entry["label"], f"{entry['quality']['kl']:.4f}"]
-        cells += [f"{entry['serve'][n]['against']['bf16']['median']:.2f}" for n in columns]
+        cells += [f"{entry['serve'][n]['against'][base]['median']:.2f}" for n in columns]
         table.add_row(*cells)
     console.print(table)
 
@@ -284,6 +286,7 @@ def measure(
 
     calibrated = options.calibrated is not None
     compared = configurations_of(calibrated)
+    base = compared[0].name
     unavailable: dict[str, str] = {}
     names = [c.name for c in compared]
     specs = engine_specs(model, names, folder, False, options.calibrated, unavailable)
@@ -299,7 +302,7 @@ def measure(
     arguments = ("--logits-processors", teacher_forcing.NAME)
     console.print(f"servers: {', '.join(specs)}")
     with servers.serving(list(specs.values()), folder, arguments, environ, unavailable) as running:
-        if missing := {"bf16", CALIBRATED_ENGINE if calibrated else FLEX_ENGINE} - running.keys():
+        if missing := {base, CALIBRATED_ENGINE if calibrated else FLEX_ENGINE} - running.keys():
             raise ServerError(f"{missing.pop()} does not start")
         quality: dict[str, dict[str, Any]] = {}
         for configuration in compared:
@@ -312,23 +315,24 @@ def measure(
                 unavailable[configuration.name] = str(error)
         for name, why in unavailable.items():
             console.print(f"  without {name}: {why}", highlight=False)
-        if "bf16" not in quality:
-            raise ServerError("bf16, with which all is compared, does not run")
+        if base not in quality:
+            raise ServerError(f"{base}, with which all is compared, does not run")
         compared = [c for c in compared if c.name in quality]
         rounds = measure_serve(running, compared, model, concurrency, options.rounds, console)
-        some = client_arguments(running["bf16"], model, 1, concurrency[1], 0)
+        some = client_arguments(running[base], model, 1, concurrency[1], 0)
     throughput: dict[str, Any] = {}
     if not options.quick:
         throughput, failed = measure_throughput(specs, compared, folder, console)
         unavailable |= {f"throughput of {name}": why for name, why in failed.items()}
-    serve = summarise_serve(rounds)
+    serve = summarise_serve(rounds, base)
     return {
         "settings": {
             "rounds": options.rounds,
             "input_tokens": INPUT,
             "output_tokens": OUTPUT,
             "requests": {str(n): count for n, count in concurrency.items()},
-            "scored_tokens": quality["bf16"]["tokens"],
+            "baseline": base,
+            "scored_tokens": quality[base]["tokens"],
             "serve_command": command_line(["vllm", "bench", "serve", *some]),
         },
         "unavailable": unavailable,

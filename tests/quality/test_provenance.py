@@ -41,6 +41,9 @@ def test_git_state(tmp_path):
     state = provenance.git_state(tmp_path)
     assert len(state["sha"]) == 40
     assert state["dirty"] is False
+    (tmp_path / provenance.RESULTS / "m").mkdir(parents=True)
+    (tmp_path / provenance.RESULTS / "m" / "a.json").write_text("")
+    assert provenance.git_state(tmp_path)["dirty"] is False
     (tmp_path / "new").write_text("")
     assert provenance.git_state(tmp_path)["dirty"] is True
 

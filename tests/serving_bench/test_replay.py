@@ -10,7 +10,15 @@ pytest.importorskip("vllm")
 
 from benchmarks.quality.sequences import TokenSequence
 from benchmarks.serving import replay, replay_trace
-from benchmarks.serving.replay_client import Outcome, bits_of, series, summary
+from benchmarks.serving.replay_client import (
+    Outcome,
+    Planned,
+    bits_along,
+    bits_of,
+    series,
+    steady_speed,
+    summary,
+)
 from benchmarks.serving.replay_trace import Arrival, Stretch, like_some, read_trace, spread_over
 
 HEAD = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
@@ -129,6 +137,30 @@ def test_bits_are_those_between_two_readings():
     before, after = {"steps": 10.0, "bits": 80.0}, {"steps": 20.0, "bits": 130.0}
     assert bits_of(before, after) == 5.0
     assert bits_of(before, before) is None
+
+
+def test_bits_are_told_second_by_second():
+    def at(steps: float, bits: float) -> dict[str, float]:
+        return {"steps": steps, "bits": bits}
+
+    readings = [(0.0, at(0, 0)), (1.0, at(2, 16)), (2.0, at(2, 16)), (2.6, at(4, 24))]
+    assert bits_along(readings) == [8.0, None, 4.0]
+    assert bits_along([(0.0, at(0, 0))]) == []
+
+
+def test_capacity_is_of_the_time_when_no_place_is_empty():
+    outcomes = [outcome(0.0, [1.0, 2.0]), outcome(0.0, [3.0, 4.0]), outcome(2.0, [3.5, 5.0])]
+    with pytest.raises(ValueError, match="too few"):
+        steady_speed(outcomes)  # nothing is sent after the first has ended
+    assert steady_speed([*outcomes, outcome(4.0, [6.0])]) == pytest.approx(3 / 2)
+
+
+def test_what_is_offered_is_counted_in_its_stretch():
+    text = TokenSequence("r0", [1, 2], [3, 4, 5])
+    plan = [Planned(t, text) for t in (0.0, 1.0, 4.0, 6.0)]
+    first, second = replay.offer(plan, [Stretch(4, 0.5), Stretch(2, 1.0)], 3.0)
+    assert first == {"requests": 2, "prompt_tokens": 4, "answer_tokens": 6, "share": 0.5}
+    assert second == {"requests": 2, "prompt_tokens": 4, "answer_tokens": 6, "share": 1.0}
 
 
 def test_rounds_are_merged():

@@ -8,8 +8,15 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from benchmarks.provenance import machine
 from benchmarks.serving import run
-from benchmarks.serving.configurations import CONFIGURATIONS, QUICK, default_names, engine_specs
+from benchmarks.serving.configurations import (
+    CONFIGURATIONS,
+    QUICK,
+    default_names,
+    engine_specs,
+    unquantized,
+)
 from benchmarks.serving.gate import judge
 from benchmarks.serving.plot import plot_speeds
 from benchmarks.serving.process import reason
@@ -102,9 +109,10 @@ def test_a_part_of_the_measurement_does_not_overwrite_the_results():
 def test_bf16_is_always_there_and_rows_have_a_bound(capsys):
     assert run.read_options(["--configurations", "w8a8"]).configurations == ["bf16", "w8a8"]
     calibrated = {n for n in QUICK if n.startswith(("calibrated", "budget"))}
-    assert set(run.read_options(["--quick"]).configurations) == set(QUICK) - calibrated
+    few = {*QUICK, unquantized(machine()["flags"])}
+    assert set(run.read_options(["--quick"]).configurations) == few - calibrated
     quick = run.read_options(["--quick", "--calibrated", "x"])
-    assert set(quick.configurations) == set(QUICK)
+    assert set(quick.configurations) == few
     for wrong in (["--batches", "0"], ["--batches", "33"], ["--configurations", "w3a3"]):
         with pytest.raises(SystemExit):
             run.read_options(wrong)
