@@ -29,7 +29,8 @@ from benchmarks.quality.budget import FORCED, sequences_of
 from benchmarks.quality.engine import compute_references
 from benchmarks.quality.sequences import read_records, scored, summarise
 from benchmarks.serving import owners
-from benchmarks.serving.engine import ENVIRON, MAX_SEQS, Engine, EngineSpec
+from benchmarks.serving.configurations import FLEX_ENGINE, engine_specs
+from benchmarks.serving.engine import ENVIRON, MAX_SEQS, Engine
 from demo.get_model import ModelError, get_model
 from vllm_flexquant.quantize.calibration import BUILT_IN, load_tokenizer
 
@@ -137,7 +138,7 @@ def main() -> None:
         raise SystemExit(str(error)) from None
     facts = provenance(model)
     with tempfile.TemporaryDirectory(prefix="flexquant-bench-") as temporary:
-        spec = EngineSpec("flexquant", str(model), arguments={"quantization": "flexquant"})
+        spec = engine_specs(str(model), [FLEX_ENGINE + "-8"], Path(temporary), False)[FLEX_ENGINE]
         engine = Engine(spec)
         figures: dict[str, Any] = measure_kl(engine, model, Path(temporary), options.tokens)
         figures |= measure_times(engine) | measure_share(engine)

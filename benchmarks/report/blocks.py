@@ -17,7 +17,7 @@ from benchmarks.report.text import nats, paragraphs, percent, picture, table
 Content = Mapping[str, Any]
 
 HEADLINE = (
-    *("bf16", "w8a8", "w4a16", "llama-q8_0", "llama-q4_0"),
+    *("fp32", "bf16", "w8a8", "w4a16", "llama-q8_0", "llama-q4_k_m", "llama-q4_0"),
     *("calibrated-8", "calibrated-6", "calibrated-4", "budget-0.01", "budget-0.03", "budget-0.1"),
 )
 """Configurations of the README's first table, where they were measured."""
@@ -49,22 +49,25 @@ def demo(content: Content, file: str) -> str:
 def headline(content: Content, file: str) -> str:
     """All systems in one picture, and the lines of most interest."""
     results = content["results"]
-    chosen = {n: e for n, e in results["configurations"].items() if n in HEADLINE}
+    configurations = results["configurations"]
+    base = speed.base_of(results, content["provenance"])
     batches = [batch for batch in speed.batches_of(results) if batch in FEW]
     rows = [
         [
             entry["label"],
             nats(entry["quality"]["kl"], entry["quality"]["kl_standard_error"]),
-            *(ratio_only(speed.over_bf16(entry, batch)) for batch in batches),
+            *(ratio_only(speed.speed_over(configurations, name, batch, base)) for batch in batches),
         ]
-        for entry in chosen.values()
+        for name, entry in configurations.items()
+        if name in HEADLINE
     ]
     folder = f"{PurePosixPath(file).parent}/"
     return paragraphs(
         picture("quality-speed", "KL against speed of all systems", folder),
         table(["", "KL", *map(speed.heading, batches)], rows),
-        f"Tokens per second as a multiple of bf16's in the same round, medians of "
-        f"{results['settings']['rounds']} rounds. [All systems, quartiles, load, tasks, papers]"
+        f"Tokens per second as a multiple of {base}'s in the same round, medians of "
+        f"{results['settings']['rounds']} rounds. {speed.no_bf16(base)}",
+        f"[All systems, quartiles, load, tasks, papers]"
         f"({folder}report.md). {origin(file, content['provenance'])}",
     )
 
@@ -77,11 +80,12 @@ def ratio_only(spread: Mapping[str, Any] | None) -> str:
 def static_wins(content: Content, file: str) -> str:
     """Where a static choice is faster at no more KL, or nearer to the reference."""
     results = content["results"]
+    base = speed.base_of(results, content["provenance"])
     return paragraphs(
         speed.DUELS,
-        speed.duel_table(results),
+        speed.duel_table(results, base),
         "So a static choice is the better one for:",
-        speed.losses(results) or "- nothing, in this run.",
+        speed.losses(results, base) or "- nothing, in this run.",
         origin(file, content["provenance"]),
     )
 

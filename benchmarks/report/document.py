@@ -43,7 +43,8 @@ def pictures(results: Results, folder: Path) -> None:
     if "speed" in results:
         found = results["speed"]["results"]
         few = [b for b in speed.batches_of(found) if b in ("1", "16")]
-        paint = figures.speed_picture(found["configurations"], few)
+        base = speed.base_of(found, results["speed"]["provenance"])
+        paint = figures.speed_picture(found["configurations"], few, base)
         figures.draw_all(folder, "quality-speed", paint)
     if "quality" in results:
         quality.draw(results["quality"]["results"], folder)
@@ -63,15 +64,16 @@ def markdown(results: Results) -> str:
     ]
     if "speed" in results:
         found = results["speed"]
+        base = speed.base_of(found["results"], found["provenance"])
         parts += [
             "## Quality against speed",
             picture("quality-speed", "KL against speed of all systems"),
             speed.section(found["results"], found["provenance"]),
             "### At equal quality",
             speed.DUELS,
-            speed.duel_table(found["results"]),
+            speed.duel_table(found["results"], base),
             "### Where static wins",
-            speed.losses(found["results"]) or "Nowhere, in this run.",
+            speed.losses(found["results"], base) or "Nowhere, in this run.",
         ]
     for name, (heading, write) in SECTIONS.items():
         if name in results:

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from benchmarks.serving.summary import over
+
 THEMES = {
     "light": {"text": "#1f2328", "faint": "#d0d7de"},
     "dark": {"text": "#e6edf3", "faint": "#3d444d"},
@@ -87,16 +89,17 @@ def draw_all(folder: Path, name: str, paint: Callable[[Any, str], Any]) -> None:
             pyplot.close(figure)
 
 
-def speed_picture(configurations: Mapping[str, Any], batches: Sequence[str]) -> Any:
-    """KL against speed, a panel for each of `batches`; what `draw_all` wants."""
+def speed_picture(configurations: Mapping[str, Any], batches: Sequence[str], base: str) -> Any:
+    """KL against speed over that of the configuration `base`, a panel for each of `batches`; what
+    `draw_all` wants."""
 
     def paint(pyplot: Any, theme: str) -> Any:
         figure, axes = pyplot.subplots(
             1, len(batches), figsize=(5.4 * len(batches), 5.2), squeeze=False, layout="constrained"
         )
         for axis, batch in zip(axes[0], batches, strict=True):
-            _speed_panel(axis, configurations, batch, THEMES[theme]["text"])
-        axes[0][0].set_ylabel("tokens per second while decoding, times bf16's")
+            _speed_panel(axis, configurations, batch, base, THEMES[theme]["text"])
+        axes[0][0].set_ylabel(f"tokens per second while decoding, times {base}'s")
         handles, labels = axes[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3)
         return figure
@@ -104,13 +107,14 @@ def speed_picture(configurations: Mapping[str, Any], batches: Sequence[str]) -> 
     return paint
 
 
-def _speed_panel(axis: Any, configurations: Mapping[str, Any], batch: str, text: str) -> None:
+def _speed_panel(
+    axis: Any, configurations: Mapping[str, Any], batch: str, base: str, text: str
+) -> None:
     points: dict[str, list[tuple[float, float, str]]] = {}
     for name, entry in configurations.items():
-        speed = entry["decode_tokens_per_second"].get(batch)
-        if speed is None:
+        ratio = over(entry, configurations[base], batch)
+        if ratio is None:
             continue
-        ratio = speed["against"].get("bf16", {"median": 1.0, "quartiles": [1.0, 1.0]})
         kl, middle = max(entry["quality"]["kl"], 0.0), ratio["median"]
         low, high = ratio["quartiles"]
         colour, marker, _ = FAMILIES[family(name)]

@@ -10,6 +10,8 @@ from typing import Any
 
 from benchmarks.report.figures import family
 from benchmarks.report.text import listing, nats, paragraphs, percent, ratio, table
+from benchmarks.serving.configurations import unquantized
+from benchmarks.serving.summary import over
 
 CLOSE = 1.05
 """KL up to so many times another counts as no more than it."""
@@ -22,8 +24,6 @@ DUELS = (
     "over the speed of the static choice: above 1 flexquant is faster at no less quality. *None so "
     "close*: every flexquant configuration has more KL."
 )
-
-UNITY: dict[str, Any] = {"median": 1.0, "quartiles": [1.0, 1.0]}
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,17 @@ class Duel:
     nearest: float
 
 
-def over_bf16(entry: Mapping[str, Any], batch: str) -> dict[str, Any] | None:
-    """Spread of a configuration's speed over bf16's; None where it was not measured."""
-    if batch == PROMPT:
-        speed = entry.get("prefill_tokens_per_second")
-    else:
-        speed = entry["decode_tokens_per_second"].get(batch)
-    if not speed:
-        return None
-    return speed["against"].get("bf16", UNITY)
+def base_of(results: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+    """The configuration that speeds are multiples of: what one would serve unquantized there."""
+    name = unquantized(facts["machine"]["flags"])
+    return name if name in results["configurations"] else "bf16"
+
+
+def speed_over(
+    configurations: Mapping[str, Any], name: str, batch: str, base: str
+) -> dict[str, Any] | None:
+    """Spread of a configuration's speed over the base's; None where it was not measured."""
+    return over(configurations[name], configurations[base], None if batch == PROMPT else batch)
 
 
 def is_flexquant(name: str) -> bool:
@@ -59,16 +61,16 @@ def is_flexquant(name: str) -> bool:
     return family(name).startswith("flexquant")
 
 
-def duels(configurations: Mapping[str, Any], batch: str) -> list[Duel]:
+def duels(configurations: Mapping[str, Any], batch: str, base: str) -> list[Duel]:
     """Each static choice against ours at no more KL, in the order of the configurations."""
     ours = {
         name: (entry["quality"]["kl"], speed["median"])
         for name, entry in configurations.items()
-        if is_flexquant(name) and (speed := over_bf16(entry, batch))
+        if is_flexquant(name) and (speed := speed_over(configurations, name, batch, base))
     }
     found = []
     for name, entry in configurations.items():
-        speed = over_bf16(entry, batch)
+        speed = speed_over(configurations, name, batch, base)
         if is_flexquant(name) or speed is None:
             continue
         kl = entry["quality"]["kl"]
@@ -101,11 +103,12 @@ def heading(batch: str) -> str:
     return f"{batch} request{'' if batch == '1' else 's'}"
 
 
-def main_table(results: Mapping[str, Any]) -> str:
+def main_table(results: Mapping[str, Any], base: str) -> str:
     """A line for each configuration."""
+    configurations = results["configurations"]
     batches = batches_of(results)
     rows = []
-    for entry in results["configurations"].values():
+    for name, entry in configurations.items():
         quality = entry["quality"]
         bits = entry["decode_tokens_per_second"].get("1", {}).get("mean_bits")
         stored = entry["stored_bytes"]
@@ -117,17 +120,17 @@ def main_table(results: Mapping[str, Any]) -> str:
                 nats(quality["kl"], quality["kl_standard_error"]),
                 percent(quality["top1"]),
                 f"{exp(quality['nll']):.2f}",
-                *(ratio(over_bf16(entry, batch)) for batch in batches),
+                *(ratio(speed_over(configurations, name, batch, base)) for batch in batches),
             ]
         )
     headings = ["", "mean bits", "MB stored", "KL", "top-1", "perplexity", *map(heading, batches)]
     return table(headings, rows)
 
 
-def duel_table(results: Mapping[str, Any]) -> str:
+def duel_table(results: Mapping[str, Any], base: str) -> str:
     """At equal quality: a line for each static choice, a column for each number of requests."""
     batches = batches_of(results)
-    by_batch = {batch: duels(results["configurations"], batch) for batch in batches}
+    by_batch = {batch: duels(results["configurations"], batch, base) for batch in batches}
     rows = []
     for place, first in enumerate(by_batch[batches[0]]):
         cells = [first.static, nats(first.static_kl)]
@@ -144,11 +147,11 @@ def duel_table(results: Mapping[str, Any]) -> str:
     return table(["static choice", "its KL", *map(heading, batches)], rows)
 
 
-def losses(results: Mapping[str, Any]) -> str:
+def losses(results: Mapping[str, Any], base: str) -> str:
     """Where a static choice wins: a line for each."""
     by_static: dict[str, list[str]] = {}
     for batch in batches_of(results):
-        for duel in duels(results["configurations"], batch):
+        for duel in duels(results["configurations"], batch, base):
             where = "a prompt" if batch == PROMPT else heading(batch)
             if duel.ratio is None:
                 words = f"{1 / duel.nearest:.2f} times the speed of the nearest of ours"
@@ -159,7 +162,7 @@ def losses(results: Mapping[str, Any]) -> str:
             by_static.setdefault(duel.static, []).append(f"{where}: {words}")
     nearer = {
         d.static
-        for d in duels(results["configurations"], batches_of(results)[0])
+        for d in duels(results["configurations"], batches_of(results)[0], base)
         if d.ratio is None
     }
     return "\n".join(
@@ -183,17 +186,30 @@ def llama_words(results: Mapping[str, Any]) -> str:
     return f"llama.cpp is {package}, compiled for this processor. {'; '.join(parts)}. {note}"
 
 
+def no_bf16(base: str) -> str:
+    """Why speeds are not multiples of bf16's, where they are not."""
+    if base == "bf16":
+        return ""
+    return (
+        "This processor has no instructions for bf16: vLLM emulates it, so one would serve the "
+        "unquantized model in fp32, and speeds are multiples of that. Quantized ones have their "
+        "activations in fp32 there, too."
+    )
+
+
 def section(results: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     """The whole of it, after the picture."""
     load, settings = results["cpu_while_measuring"], results["settings"]
+    base = base_of(results, facts)
     return paragraphs(
-        main_table(results),
+        main_table(results, base),
         f"Speed is tokens per second while decoding (last column: of a prompt of "
-        f"{settings['prefill_tokens']}), as a multiple of bf16's in the same round; median and "
+        f"{settings['prefill_tokens']}), as a multiple of {base}'s in the same round; median and "
         f"quartiles of {settings['rounds']} rounds. KL in nats per token, top-1 and perplexity are "
         f"of {settings['scored_tokens']} tokens that the same engines decoded. Mean bits: of the "
         "decode steps of one request, where widths can be told. MB stored: the files that are "
         "served from; – where the unquantized ones are quantized while they load.",
+        no_bf16(base),
         llama_words(results),
         listing(results.get("unavailable", {})),
         f"While measuring, other processes used {percent(load['other_processes'])} of the cores, "

@@ -13,7 +13,8 @@ def section(results: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     """`vllm bench serve` by requests at a time, and `vllm bench throughput`."""
     entries, settings = results["configurations"], results["settings"]
     columns = list(next(iter(entries.values()))["serve"])
-    rows, base = [], (entries["bf16"]["throughput"] or {}).get("tokens_per_second")
+    baseline = settings["baseline"]
+    rows, base = [], (entries[baseline]["throughput"] or {}).get("tokens_per_second")
     for entry in entries.values():
         cells = [
             entry["label"],
@@ -22,7 +23,7 @@ def section(results: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
         for together in columns:
             found = entry["serve"][together]
             cells.append(
-                f"{ratio(found['against']['bf16'])}; {found['median_tpot_ms']['median']:.0f}, "
+                f"{ratio(found['against'][baseline])}; {found['median_tpot_ms']['median']:.0f}, "
                 f"{found['p99_tpot_ms']['median']:.0f}"
             )
         whole = entry["throughput"]
@@ -32,9 +33,9 @@ def section(results: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     return paragraphs(
         f"`vllm bench serve`, random prompts of {settings['input_tokens']} tokens and "
         f"{settings['output_tokens']} tokens each, {settings['rounds']} rounds: output tokens per "
-        "second over bf16's of the same round; then median and 99th percentile of the time per "
-        "output token in ms. `vllm bench throughput`: tokens per second over bf16's, one run each, "
-        "not interleaved.",
+        f"second over {baseline}'s of the same round; then median and 99th percentile of the time "
+        f"per output token in ms. `vllm bench throughput`: tokens per second over {baseline}'s, "
+        "one run each, not interleaved.",
         table(headings, rows),
         f"As a command: `{settings['serve_command']}`",
         listing(results["unavailable"]),

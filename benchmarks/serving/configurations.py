@@ -77,6 +77,8 @@ CONFIGURATIONS = {
     )
 }
 
+UNQUANTIZED = {"bf16": "bfloat16", "fp32": "float32"}
+
 QUICK = (
     *("bf16", "w8a8", "w4a16"),
     *("calibrated-8", "calibrated-6", "calibrated-4", "budget-0.03"),
@@ -88,7 +90,9 @@ NOTES = (
     "engine core in it, on the cores and threads under engines.",
     "So an engine computes on as many threads as it has cores, while `vllm serve` would bind its "
     "worker to all but one.",
-    "flexquant quantizes the output layer too; W8A8 and W4A16 leave it in bf16, which is the "
+    "Activations of quantized engines are in bf16, but in fp32 on CPUs without instructions for "
+    "bf16 (engines.*.dtype); llama.cpp has its own.",
+    "flexquant quantizes the output layer too; W8A8 and W4A16 leave it unquantized, which is the "
     "default of llm-compressor. The configurations named '... bf16 output' leave it too "
     "(option output_layer=false).",
     "All three widths of flexquant run in one engine, from one copy of the weights; so do those of "
@@ -110,6 +114,11 @@ def no_w4a16() -> str:
 def unquantized(flags: Sequence[str]) -> str:
     """What one would serve unquantized: bf16, but fp32 on a CPU without instructions for bf16."""
     return "bf16" if {"avx512_bf16", "amx_bf16"} & set(flags) else "fp32"
+
+
+def dtype_of(engine: str) -> str:
+    """Of an engine's activations: quantized ones run in what one would serve unquantized in."""
+    return UNQUANTIZED[engine if engine in UNQUANTIZED else unquantized(machine()["flags"])]
 
 
 def default_names(flags: Sequence[str], calibrated: bool, quick: bool = False) -> list[str]:
@@ -153,11 +162,9 @@ def engine_specs(
     """
     specs = {}
     for engine in dict.fromkeys(CONFIGURATIONS[name].engine for name in names):
-        served, dtype, arguments, environ = model, "bfloat16", {}, {}
+        served, dtype, arguments, environ = model, dtype_of(engine), {}, {}
         command: tuple[str, ...] = ()
-        if engine == "fp32":
-            dtype = "float32"
-        elif engine.startswith(LLAMA):
+        if engine.startswith(LLAMA):
             dtype = engine.removeprefix(LLAMA)
             try:
                 tool = llama.python(build)
@@ -182,7 +189,7 @@ def engine_specs(
         elif engine.startswith("w4a16") and no_w4a16() and unavailable is not None:
             unavailable[engine] = no_w4a16()
             continue
-        elif engine != "bf16":
+        elif engine not in UNQUANTIZED:
             scheme = engine.removesuffix("-weights-only")
             served = str(folder / scheme)
             if not Path(served).exists():

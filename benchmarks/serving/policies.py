@@ -31,6 +31,7 @@ from benchmarks.provenance import provenance, write_json
 from benchmarks.quality.budget import ASKED, LEVEL_KL, OTHERS, nearest_level
 from benchmarks.quality.sequences import TEXT
 from benchmarks.serving import owners
+from benchmarks.serving.configurations import dtype_of
 from benchmarks.serving.engine import ENVIRON, FRESH, MAX_ROWS, Engine, EngineSpec
 from benchmarks.serving.run import PROMPT, RESULTS
 from vllm_flexquant.runtime import ladder
@@ -343,7 +344,7 @@ def main() -> None:
     text = TEXT.read_text(encoding="utf-8")
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     prompts = [ids[i * PROMPT : (i + 1) * PROMPT] for i in range(MAX_ROWS)]
-    engine = Engine(EngineSpec("flexquant", str(options.checkpoint), "bfloat16"))
+    engine = Engine(EngineSpec("flexquant", str(options.checkpoint), dtype_of("flexquant")))
     ladder_kl = controller(engine).ladder.kl_nats
     if ladder_kl is None:
         raise SystemExit(f"{options.checkpoint} is not calibrated; quantize with calibration")

@@ -8,15 +8,15 @@ from benchmarks.report.readme import fill
 
 
 def entry(label: str, kl: float, speeds: dict[str, float], prompt: float) -> dict:
-    def against(value: float) -> dict:
-        return {"against": {"bf16": {"median": value, "quartiles": [value, value + 0.1]}}}
+    def rate(value: float) -> dict:
+        return {"rate": {"rounds": [10 * value, 20 * value, 10 * value]}}
 
     return {
         "label": label,
         "stored_bytes": None,
         "quality": {"kl": kl, "kl_standard_error": 0.001, "top1": 0.9, "nll": 1.0},
-        "decode_tokens_per_second": {batch: against(v) for batch, v in speeds.items()},
-        "prefill_tokens_per_second": against(prompt),
+        "decode_tokens_per_second": {batch: rate(v) for batch, v in speeds.items()},
+        "prefill_tokens_per_second": rate(prompt),
     }
 
 
@@ -37,18 +37,18 @@ def results() -> dict:
 
 
 def test_a_static_choice_meets_the_fastest_of_no_more_kl(results):
-    bf16, w8a8 = speed.duels(results["configurations"], "1")
+    bf16, w8a8 = speed.duels(results["configurations"], "1", "bf16")
     assert (bf16.static, bf16.flexquant, bf16.ratio) == ("bf16", None, None)
     assert (w8a8.flexquant, w8a8.flexquant_kl) == ("flexquant 6 bit, calibrated", 0.041)
     assert w8a8.ratio == pytest.approx(1.8 / 1.5)
-    _, many = speed.duels(results["configurations"], "16")
+    _, many = speed.duels(results["configurations"], "16", "bf16")
     assert many.flexquant == "flexquant 8 bit, calibrated"
-    _, prompt = speed.duels(results["configurations"], speed.PROMPT)
+    _, prompt = speed.duels(results["configurations"], speed.PROMPT, "bf16")
     assert prompt.ratio == pytest.approx(0.9 / 2.0)
 
 
 def test_losses_name_each_case(results):
-    lines = speed.losses(results).splitlines()
+    lines = speed.losses(results, "bf16").splitlines()
     assert lines == [
         "- **bf16** (nearer to the reference than any of ours): 1 request: 0.71 times the speed of "
         "the nearest of ours; 16 requests: 0.77 times the speed of the nearest of ours; a prompt: "
@@ -58,10 +58,22 @@ def test_losses_name_each_case(results):
 
 
 def test_the_section_says_what_is_missing_and_who_else_ran(results):
-    written = speed.section(results, {})
+    written = speed.section(results, {"machine": {"flags": ["avx512_bf16"]}})
     assert "Not measured: w4a16: no kernel." in written
     assert "other processes used 1.0 % of the cores" in written
-    assert "| W8A8 | – | – | 0.0400 ± 0.0010 | 90.0 % | 2.72 | 1.50 (1.50–1.60) |" in written
+    assert "| W8A8 | – | – | 0.0400 ± 0.0010 | 90.0 % | 2.72 | 1.50 |" in written
+
+
+def test_speeds_are_multiples_of_what_one_would_serve_there(results):
+    has, lacks = ({"machine": {"flags": flags}} for flags in (["amx_bf16"], ["avx2"]))
+    assert speed.base_of(results, has) == "bf16"
+    assert speed.base_of(results, lacks) == "bf16"  # fp32 was not measured
+    results["configurations"]["fp32"] = entry("fp32", 0.0, {"1": 0.5, "16": 4.0}, 1.0)
+    assert speed.base_of(results, lacks) == "fp32"
+    found = speed.speed_over(results["configurations"], "w8a8", "16", "fp32")
+    assert found["median"] == pytest.approx(0.3)
+    assert speed.speed_over(results["configurations"], "w8a8", "32", "fp32") is None
+    assert "no instructions for bf16" in speed.section(results, lacks)
 
 
 def test_cells_of_tables_are_escaped():
@@ -78,7 +90,7 @@ def test_each_configuration_has_a_family():
 
 def test_pictures_are_drawn_for_both_pages_and_go_into_the_page(results, tmp_path):
     pytest.importorskip("matplotlib")
-    paint = figures.speed_picture(results["configurations"], ["1", "16"])
+    paint = figures.speed_picture(results["configurations"], ["1", "16"], "bf16")
     figures.draw_all(tmp_path, "quality-speed", paint)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "quality-speed-dark.svg",
