@@ -35,7 +35,7 @@ from demo.get_model import ModelError, get_model
 from vllm_flexquant.quantize.calibration import BUILT_IN, load_tokenizer
 
 WIDTHS = (4, 6, 8)
-TURNS, STEPS = 7, 10
+TURNS, STEPS = 25, 8
 """Turns of each width, and decode steps in a turn."""
 
 PROFILED, TRACED = 24, 8
@@ -52,18 +52,17 @@ class Limit:
 
 
 KERNELS = "compare `python -m benchmarks.kernels.run --device cpu` on this commit and the last good"
+ROUNDING = "see tests/kernels, then the rounding in quantize/rtn.py"
 LIMITS: Mapping[str, Limit] = {
-    "kl at 4 bits": Limit(
-        0.52, "FOUND4", "see tests/kernels, then the rounding in quantize/rtn.py"
+    "kl at 4 bits": Limit(0.45, "0.379 in fp32 with AVX2", ROUNDING),
+    "kl at 6 bits": Limit(0.045, "0.032 in fp32 with AVX2", ROUNDING),
+    "kl at 8 bits": Limit(0.014, "0.0080 in fp32 with AVX2", ROUNDING),
+    "time at 4 bits over 8": Limit(0.97, "0.80 with AVX2, 0.79 with AMX", KERNELS),
+    "machinery share": Limit(
+        0.05,
+        "0.020 with AVX2, 0.013 with AMX",
+        "see `python -m benchmarks.serving.profile_step`",
     ),
-    "kl at 6 bits": Limit(
-        0.055, "FOUND6", "see tests/kernels, then the rounding in quantize/rtn.py"
-    ),
-    "kl at 8 bits": Limit(
-        0.018, "FOUND8", "see tests/kernels, then the rounding in quantize/rtn.py"
-    ),
-    "time at 4 bits over 8": Limit(0.93, "FOUNDTIME", KERNELS),
-    "machinery share": Limit(0.05, "FOUNDSHARE", "see `python -m benchmarks.serving.profile_step`"),
 }
 
 
