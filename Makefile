@@ -35,7 +35,7 @@ test: setup ## all tests
 test-fast: setup ## the tests that start no vLLM engine
 	$(BIN)/python -m pytest -m 'not engine' $(ARGS)
 
-bench: setup ## all measurements and their report: an hour on 2 cores, and calibration before it; QUICK=1 ten minutes
+bench: setup ## all measurements and their report: 60 to 90 minutes on 2 cores, and calibration before it; QUICK=1 ten minutes
 	$(BIN)/python -m benchmarks.bench $(if $(QUICK),--quick) $(if $(TRACE),--trace '$(TRACE)') $(ARGS)
 
 bench-gate: setup ## the cheap ratios that CI watches: KL by width, time at 4 bits over 8, machinery

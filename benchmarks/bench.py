@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """All measurements of the report, one stage after another; what was done is not done again.
 
-    make bench                # about an hour on 2 cores; before it calibration, 15 to 20 minutes
+    make bench                # 60 to 90 minutes on 2 cores; before it calibration, 15 to 20
     make bench QUICK=1        # ten minutes: fewer systems, fewer rounds, less text
     make bench ARGS='--stages speed replay'
     make bench ARGS=--execute # HumanEval too, which runs programs that the model wrote
@@ -62,15 +62,15 @@ class Stage:
 
 
 STAGES = (
-    Stage("speed", "benchmarks.serving.run", 15, 4, ("--batches", "1", "4", "16")),
-    Stage("quality", "benchmarks.quality.served", 10, None),
-    Stage("replay", "benchmarks.serving.replay", 10, 4),
-    Stage("vllm-bench", "benchmarks.serving.vllm_bench", 12, None),
-    Stage("tasks", "benchmarks.quality.tasks", 8, None),
+    Stage("speed", "benchmarks.serving.run", 18, 4, ("--batches", "1", "4", "16")),
+    Stage("quality", "benchmarks.quality.served", 11, None),
+    Stage("replay", "benchmarks.serving.replay", 20, 4),
+    Stage("vllm-bench", "benchmarks.serving.vllm_bench", 20, None),
+    Stage("tasks", "benchmarks.quality.tasks", 13, None),
     Stage(
         "policies",
         "benchmarks.serving.policies",
-        6,
+        10,
         None,
         ("--batches", "1", "16", "--rounds", "3", "--tokens", "32"),
         model=False,

@@ -159,10 +159,11 @@ def compare_with_levels(results: Mapping[str, Any], texts: Sequence[str]) -> Non
             if name in POLICIES or name.startswith("budget-"):
                 quality = entry["texts"][text]
                 kl, bits = quality["kl"], quality["mean_bits"]
+                saved = bits_at(kl, points) - bits
                 quality["static_level"] = {
                     "kl_at_equal_bits": kl_at(bits, points),
                     "kl_over_it": kl / kl_at(bits, points),
-                    "bits_saved_at_equal_kl": bits_at(kl, points) - bits,
+                    "bits_saved_at_equal_kl": None if math.isnan(saved) else saved,
                 }
 
 

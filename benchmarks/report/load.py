@@ -49,7 +49,9 @@ def words(results: Mapping[str, Any]) -> str:
         f"targets is a request whose first token came within {targets['first_token_seconds']:.2f} "
         f"s and whose others took {1e3 * targets['token_seconds']:.0f} ms each at the most. One "
         f"token of {results['settings']['compared_token_of']} was compared with the reference "
-        "meanwhile."
+        f"meanwhile. Policies named *load* keep {1e3 * targets['token_seconds']:.0f} ms a token "
+        "(`target_ms`) and may run prompts at less than all bits for it (`prefill=policy`). "
+        f"{results['settings']['rounds']} rounds, in which the systems take turns."
     )
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import isnan
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def section(results: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
         "### Dynamic policies beside static levels",
         "KL over that of a static level of the ladder with the same mean bits (below 1 the policy "
         "is "
-        "better), and mean bits saved over a level of the same KL.",
+        "better), and mean bits saved over a level of the same KL; – where no level has it.",
         levels(results),
         listing(results["unavailable"]),
     )
@@ -73,7 +74,7 @@ def levels(results: Mapping[str, Any]) -> str:
                     if level is None
                     else [
                         f"{level['kl_over_it']:.2f}",
-                        f"{level['bits_saved_at_equal_kl']:+.2f}",
+                        signed(level["bits_saved_at_equal_kl"]),
                     ]
                 )
             rows.append(cells)
@@ -81,6 +82,11 @@ def levels(results: Mapping[str, Any]) -> str:
     for text in texts:
         headings += [f"{text}: KL over a level's", "bits saved"]
     return table(headings, rows) if rows else ""
+
+
+def signed(bits: float | None) -> str:
+    """With its sign, to two digits; – where it is not known."""
+    return "–" if bits is None or isnan(bits) else f"{bits:+.2f}"
 
 
 def draw(results: Mapping[str, Any], folder: Path) -> None:

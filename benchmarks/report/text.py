@@ -30,8 +30,8 @@ def paragraphs(*parts: str) -> str:
 
 
 def nats(kl: float, error: float | None = None) -> str:
-    """KL in nats, to four digits behind the point, and its standard error."""
-    return f"{kl:.4f}" + ("" if error is None else f" ± {error:.4f}")
+    """KL in nats, to four digits behind the point, zero without a sign; and its standard error."""
+    return f"{kl:z.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
 def ratio(spread: Mapping[str, Any] | None) -> str:

@@ -233,23 +233,25 @@ def watched(server: VllmServer) -> Iterator[list[Reading]]:
 
 
 def configurations_of(calibrated: bool, target_ms: float) -> list[Configuration]:
-    """What is compared: static choices, and policies of one flexquant server."""
+    """What is compared: static choices, and policies of one flexquant server; those with a target
+    may run prompts at less than all bits."""
     engine = CALIBRATED_ENGINE if calibrated else FLEX_ENGINE
     stock = (unquantized(machine()["flags"]), "w8a8", "w4a16")
     found = [CONFIGURATIONS[name] for name in stock]
     found += [CONFIGURATIONS[f"{engine}-{width}"] for width in (8, 4)]
-    free = {"target_ms": None}
+    free = {"target_ms": None, "prefill": "full"}
+    kept = {"target_ms": target_ms, "prefill": "policy"}
     found = [c if c.change is None else _also(c, free) for c in found]
     if calibrated:
         budget = CONFIGURATIONS["budget-0.03"]
         found.append(_also(budget, free))
         label = f"{budget.label}, load"
-        change = (budget.change or {}) | {"target_ms": target_ms}
+        change = (budget.change or {}) | kept
         found.append(Configuration("budget-load", label, engine, change=change))
     else:
-        change = {"policy": "entropy", "target_ms": None}
+        change = {"policy": "entropy"} | free
         found.append(Configuration("entropy", "flexquant entropy", engine, change=change))
-    change = {"policy": "load", "target_ms": target_ms}
+    change = {"policy": "load"} | kept
     found.append(Configuration("load", "flexquant load", engine, change=change))
     return found
 
@@ -353,7 +355,7 @@ def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "out" / "replay.json")
     options = parser.parse_args(arguments)
     options.seconds = options.seconds or (16.0 if options.quick else 26.0)
-    options.rounds = options.rounds or 1
+    options.rounds = options.rounds or (1 if options.quick else 2)
     return options
 
 

@@ -79,7 +79,7 @@ def configurations_of(calibrated: bool) -> list[Configuration]:
     ours = ["calibrated-8", "calibrated-6", "calibrated-4", "budget-0.03"]
     if not calibrated:
         ours = ["flexquant-8", "flexquant-6", "flexquant-4"]
-    static = dict.fromkeys((unquantized(machine()["flags"]), "bf16", "w8a8", "w4a16"))
+    static = (unquantized(machine()["flags"]), "w8a8", "w4a16")
     return [CONFIGURATIONS[name] for name in (*static, *ours)]
 
 

@@ -197,7 +197,7 @@ def test_policies_and_metrics_go_on(engine, greedy):
     steps = engine.collective_rpc("flexquant_trace", args=(True,))[0]
     decoding = [step for step in steps if not any(step["prompt"])]
     assert all(step["entropy"] and min(step["entropy"]) >= 0 for step in decoding)
-    assert len({step["level"] for step in decoding}) > 2
+    assert len({step["level"] for step in decoding}) > 1
     found = engine.collective_rpc("flexquant_metrics")[0]
     assert 1 < found["gauges"]["accepted_length"] <= 5
     assert found["counters"]["speculated_steps"] > 0

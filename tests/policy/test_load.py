@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from vllm_flexquant.policy.load import LoadControl, StepTimes
+from vllm_flexquant.policy.load import REPAID, LoadControl, StepTimes
 
 COST = np.linspace(0.5, 1.0, 101)
 
@@ -65,6 +65,44 @@ def test_a_target_that_many_rows_cannot_keep_costs_few_rows_nothing():
     busy, _ = run(control, 16, 300)
     assert set(busy[1:]) == {0}
     assert set(run(control, 1, 20, jitter=0.01)[0][1:]) == {100}
+
+
+def test_what_prompts_take_is_made_up_for_by_the_steps_after_them():
+    """Every fifth step holds a prompt and takes two targets; cheaper levels have room for that."""
+    target = 1.2 * step_time(4, 100)
+    control = LoadControl(COST, target)
+    run(control, 4, 40)
+    assert set(run(control, 4, 10)[0]) == {100}
+    assert control.owed == 0
+    seconds, levels = [], []
+    for _ in range(60):
+        control.book_prompt(2 * target)
+        seconds.append(2 * target)
+        for _ in range(4):
+            level = control.ceiling(4)
+            control.book(4, COST[level], step_time(4, level))
+            levels.append(level)
+            seconds.append(step_time(4, level))
+    assert np.mean(levels[40:]) < 90
+    assert np.mean(seconds[50:]) == pytest.approx(target, rel=0.05)
+    assert control.met < 0.85
+    assert set(run(control, 4, 60)[0][-10:]) == {100}, "and then all bits again"
+
+
+def test_prompts_that_nothing_can_make_up_for_are_forgotten_soon():
+    target = 1.1 * step_time(4, 100)
+    control = LoadControl(COST, target)
+    run(control, 4, 40)
+    control.book_prompt(1000.0)
+    assert control.owed == pytest.approx(REPAID * target)
+    assert run(control, 4, 1)[0] == [0]
+    assert set(run(control, 4, 100)[0][-10:]) == {100}
+    control.book_prompt(1000.0)
+    control.aim_at(2 * target)
+    assert control.owed == 0
+    free = LoadControl(COST)
+    free.book_prompt(1000.0)
+    assert free.owed == 0
 
 
 def test_a_machine_that_slows_down_is_followed():

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.report import figures, page, speed, text
+from benchmarks.report import figures, page, quality, speed, text
 from benchmarks.report.readme import fill
 
 
@@ -78,6 +78,13 @@ def test_speeds_are_multiples_of_what_one_would_serve_there(results):
 
 def test_cells_of_tables_are_escaped():
     assert text.table(["a"], [["4|2|2"]]).splitlines()[-1] == "| 4\\|2\\|2 |"
+
+
+def test_numbers_that_are_nothing_have_no_sign():
+    assert text.nats(-1.6e-9, 5.9e-9) == "0.0000 ± 0.0000"
+    assert text.nats(-0.0123) == "-0.0123"
+    assert quality.signed(-0.124) == "-0.12"
+    assert quality.signed(None) == quality.signed(float("nan")) == "–"
 
 
 def test_each_configuration_has_a_family():

@@ -77,6 +77,34 @@ def test_a_rest_of_the_engine_and_steps_with_prompts_are_no_steps_to_learn_from(
     assert made.status()["load"]["met"] == 1.0
 
 
+@pytest.mark.parametrize("prefill", ["full", "policy"])
+def test_prompts_that_delay_others_lower_the_steps_after_them(clock, prefill):
+    made = controller(policy="load", target_ms=11, prefill=prefill)
+    for _ in range(10):
+        assert step(made, clock, "a") == [8] * LAYERS
+    step(made, clock, "ab", prompt=[False, True])
+    clock[0] += 0.1  # the prompt is long
+    after = step(made, clock, "ab")
+    assert after == [4] * LAYERS
+    assert made.status()["load"]["owed_ms"] > 90
+    mixed = step(made, clock, "abc", prompt=[False, False, True])
+    assert mixed == [8 if prefill == "full" else 4] * LAYERS
+    for _ in range(60):
+        last = step(made, clock, "a")
+    assert last == [8] * LAYERS
+    assert made.status()["load"]["owed_ms"] == 0
+
+
+def test_a_prompt_after_which_the_engine_rests_delays_nobody(clock):
+    made = controller(policy="load", target_ms=11)
+    for _ in range(10):
+        step(made, clock, "a")
+    step(made, clock, "ab", prompt=[False, True])
+    clock[0] += 60  # both are aborted, and nobody asks
+    assert step(made, clock, "c") == [8] * LAYERS
+    assert made.status()["load"]["owed_ms"] == 0
+
+
 def test_a_target_lowers_other_policies_too(clock):
     made = controller(policy="entropy", target_ms=8)
     for _ in range(20):

@@ -9,6 +9,11 @@ the prior, which says that half of a step's time is its bytes.
 Steps vary, so what is aimed at lies below the target: it falls a little with each step that misses
 and rises less with each that keeps it, until 5 % miss.
 
+Steps that hold prompt tokens make the sequences that decode beside them wait, and the target is a
+time per output token. What such a step takes above it is owed, and the steps of decoding after it
+aim lower until what they take less has paid for it: the target is kept on average over the tokens
+of an answer, so far as levels can.
+
 The same sums over a longer time are the cost table: where even the cheapest level is known to make
 steps of so many rows hardly shorter, low widths buy nothing.
 
@@ -40,6 +45,10 @@ _LEARN = 0.03
 
 _FIRST_AIM, _LEAST_AIM = 0.95, 0.6
 _FORGET_MET = 0.98
+
+REPAID = 16
+"""Decode steps over which what steps with prompts took too long is to be made up for; no more than
+so many steps' targets are ever owed."""
 
 _WORTH = 0.02
 """Of a step, what the cheapest level must save for low widths to be worth it."""
@@ -115,12 +124,14 @@ class LoadControl:
 
     cost: fp64 [levels], of each level over the best one's. target: seconds per output token, which
     is a step's time. met: share of the steps of late that kept it. aims: share of the target that
-    is aimed at, by number of rows.
+    is aimed at, by number of rows. owed: seconds by which steps with prompts were too long, less
+    what decode steps have saved since.
     """
 
     cost: np.ndarray
     target: float | None = None
     met: float = 1.0
+    owed: float = 0.0
     aims: dict[int, float] = field(default_factory=dict)
     times: dict[int, StepTimes] = field(default_factory=dict)
     table: dict[int, StepTimes] = field(default_factory=dict)
@@ -129,7 +140,7 @@ class LoadControl:
     def aim_at(self, target: float | None) -> None:
         """Keep another target from now on, None for none; what is known of steps stays."""
         if target != self.target:
-            self.target, self.met = target, 1.0
+            self.target, self.met, self.owed = target, 1.0, 0.0
             self.aims.clear()
 
     def book(self, rows: int, cost: float, seconds: float) -> None:
@@ -147,19 +158,34 @@ class LoadControl:
         if bucket not in self.times:
             self.times[bucket] = StepTimes(_FORGET)
         self.times[bucket].add(cost, seconds)
-        kept = float(seconds <= self.target)
-        self.met = _FORGET_MET * self.met + (1 - _FORGET_MET) * kept
+        kept = self._keep(seconds)
+        self.owed = max(self.owed - max(self.target - seconds, 0.0), 0.0)
         moved = self.aims.get(bucket, _FIRST_AIM) + _LEARN * (kept - (1 - MISSED))
         self.aims[bucket] = min(max(moved, _LEAST_AIM), 1.0)
 
+    def book_prompt(self, seconds: float) -> None:
+        """Take in a step that held prompt tokens beside sequences that decode."""
+        if self.target is not None:
+            self._keep(seconds)
+            owed = self.owed + max(seconds - self.target, 0.0)
+            self.owed = min(owed, REPAID * self.target)
+
+    def _keep(self, seconds: float) -> float:
+        """Whether a step kept the target, 0 or 1, which goes into `met`."""
+        assert self.target is not None
+        kept = float(seconds <= self.target)
+        self.met = _FORGET_MET * self.met + (1 - _FORGET_MET) * kept
+        return kept
+
     def ceiling(self, rows: int) -> int:
-        """The best level whose step of `rows` is expected to keep the target; 0 if none does."""
+        """The best level whose step of `rows` is expected to keep the target, and to pay its part
+        of what is owed; 0 if none does."""
         top = len(self.cost) - 1
         if self.target is None or not self.times:
             return top
         bucket = min(self.times, key=lambda b: (abs(b - _bucket(rows)), -b))
         a, b = self.times[bucket].line()
-        aim = self.aims.get(bucket, _FIRST_AIM) * self.target
+        aim = self.aims.get(bucket, _FIRST_AIM) * self.target - self.owed / REPAID
         within = np.flatnonzero(a + b * self.cost <= aim)
         return int(within[-1]) if len(within) else 0
 

@@ -68,6 +68,8 @@ class Controller:
         self._began, self._seconds = time.perf_counter(), 0.0
         self._run_at: tuple[int, int] | None = None
         """Bounds of the step before, if it was one of decoding alone."""
+        self._delayed: frozenset[int] = frozenset()
+        """Slots that decoded in the step before, if it held prompt tokens too."""
         self.counts, self.since_asked = StepCounts(), SinceAsked()
         self.speculation: SelfSpeculation | None = None
         self._drafts = False
@@ -202,7 +204,9 @@ class Controller:
             self._write_pinned()
         else:
             bounds = self._decide_step(batch)
-        self._run_at = bounds if self.facts.decoding and not any(batch.prompt) else None
+        decoding, prompts = self.facts.decoding, any(batch.prompt)
+        self._run_at = bounds if decoding and not prompts else None
+        self._delayed = frozenset(batch.slots[i] for i in decoding if prompts)
         if self.options.trace_steps:
             self._record(batch)
         self.steps += 1
@@ -310,6 +314,8 @@ class Controller:
             return
         now = time.perf_counter()
         self._seconds, self._began = now - self._began, now
+        if self.batch is not None and not self._delayed.isdisjoint(self.batch.slots):
+            self.load.book_prompt(self._seconds)  # else the engine may have rested between
         if ran is not None and (every or turn == 1) and (cost := self._cost_of(ran)) is not None:
             self.load.book(len(self.facts.decoding), cost, self._seconds)
 

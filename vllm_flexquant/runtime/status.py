@@ -123,6 +123,7 @@ def _load(controller: Controller) -> dict[str, Any] | None:
     return {
         "target_ms": target,
         "met": load.met,
+        "owed_ms": 1e3 * load.owed,
         "ceiling": load.ceiling(len(controller.facts.decoding)),
         "kept": load.met >= 1 - 2 * MISSED,
     }

@@ -33,7 +33,7 @@ GAUGES = {
     "request_floor_bits": "Lowest width that a running request was promised.",
     "best_nats": "KL per token that the best level costs, by calibration.",
     "load_target_seconds": "Time per output token that load is kept to.",
-    "load_met": "Share of the decode steps of late that kept it.",
+    "load_met": "Share of the steps of late with tokens to decode that kept it.",
     "draft_level": "Level of the ladder at which drafts run.",
     "draft_mean_bits": "Mean width over all weights at which drafts run, in bits.",
     "speculation_on": "1 if the last step drafted.",
