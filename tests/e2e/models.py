@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small models, what they are asked, and what comes of it."""
 
+import json
+import re
 import shutil
 
 import torch
+from safetensors.torch import load_file, save_file
 
 PROMPTS = ["The capital of France is", "Once upon a time,"]
 
@@ -26,6 +29,23 @@ def small_checkpoint(folder, smollm2, config):
     torch.manual_seed(0)  # the same tokens come out of every run
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
     model.bfloat16().save_pretrained(folder)
+    return folder
+
+
+def first_blocks(folder, model, blocks):
+    """A model with only its first blocks, which compiles in as much less time."""
+    folder.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(model / name, folder)
+    config = json.loads((model / "config.json").read_text()) | {"num_hidden_layers": blocks}
+    (folder / "config.json").write_text(json.dumps(config))
+    later = re.compile(r"model\.layers\.(\d+)\.")
+    kept = {
+        name: tensor
+        for name, tensor in load_file(model / "model.safetensors").items()
+        if not (found := later.match(name)) or int(found[1]) < blocks
+    }
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
