@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -41,6 +42,9 @@ NO_SOURCES = (
 """What no stage's figures depend on."""
 
 CALIBRATE = "calibrate"
+
+WIDE = "140"
+"""Columns of the stages' tables where there is no terminal to ask."""
 
 
 @dataclass(frozen=True)
@@ -195,6 +199,7 @@ def run_stages(options: argparse.Namespace, model: str, calibrated: Path, consol
         and (not options.stages or stage.name in options.stages)
     ]
     run, sources, complete = Run(options.out), fingerprint(), True
+    environ = os.environ if sys.stdout.isatty() else {"COLUMNS": WIDE, **os.environ}
 
     def minutes(some: Sequence[Stage]) -> float:
         return sum((s.quick_minutes if options.quick else s.minutes) or 0 for s in some)
@@ -209,7 +214,9 @@ def run_stages(options: argparse.Namespace, model: str, calibrated: Path, consol
         left = minutes(stages[number - 1 :])
         console.rule(f"{heading}, about {minutes([stage]):g} min; {left:g} min to go")
         began = time.monotonic()
-        status = subprocess.run([sys.executable, *command], cwd=ROOT, check=False).returncode
+        status = subprocess.run(
+            [sys.executable, *command], cwd=ROOT, env=environ, check=False
+        ).returncode
         seconds = time.monotonic() - began
         if status == 0 and stage.file(options.out).is_file():
             run.add(stage, written, sources, seconds)

@@ -137,7 +137,7 @@ def measure(
             quality["mean_bits"] = answer.get("mean_bits", FULL_BITS.get(configuration.name))
             entry["texts"][text] = quality
             console.print(
-                f"  {configuration.label}, {text}: KL {quality['kl']:.4f} ± "
+                f"  {configuration.label}, {text}: KL {quality['kl']:z.4f} ± "
                 f"{quality['kl_standard_error']:.4f} ({answer['seconds']:.0f} s)",
                 highlight=False,
             )
@@ -179,7 +179,7 @@ def show(results: Mapping[str, Any], texts: Sequence[str], console: Console) -> 
         for text in texts:
             quality = entry["texts"][text]
             bits = quality["mean_bits"]
-            cells += ["" if bits is None else f"{bits:.2f}", f"{quality['kl']:.4f}"]
+            cells += ["" if bits is None else f"{bits:.2f}", f"{quality['kl']:z.4f}"]
             cells.append(f"{quality['top1']:.1%}")
         table.add_row(*cells)
     console.print(table)
