@@ -155,9 +155,10 @@ def plan_of(
     while total < wanted and count < len(arrivals):
         total += len(texts[nearest[count]].forced)
         count += 1
-    times = spread_over([a.seconds for a in arrivals[:count]], stretches)
+    tokens = [len(texts[i].forced) for i in nearest[:count]]
+    times = spread_over([a.seconds for a in arrivals[:count]], tokens, stretches)
     plan = []
-    for i, seconds in zip(range(count), times, strict=True):
+    for i, seconds in enumerate(times):
         text = texts[nearest[i]]
         plan.append(Planned(seconds, replace(text, id=f"{text.id}.{i % NAMES}")))
     return plan

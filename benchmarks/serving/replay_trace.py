@@ -11,8 +11,8 @@ from __future__ import annotations
 import csv
 import math
 import random
-from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import accumulate
@@ -138,19 +138,33 @@ def work(stretches: Sequence[Stretch]) -> float:
     return math.fsum(s.seconds * s.share for s in stretches)
 
 
-def spread_over(offsets: Sequence[float], stretches: Sequence[Stretch]) -> Iterator[float]:
-    """When each request is sent: the trace's own pattern, denser where more is offered.
+def spread_over(
+    offsets: Sequence[float], tokens: Sequence[int], stretches: Sequence[Stretch]
+) -> list[float]:
+    """When each request is sent.
+
+    A stretch has as many of the requests, in their order, as have its part of all tokens: counted
+    in time, a short burst could fall on a gap of the trace. Within it they come in the trace's
+    pattern.
 
     Args:
-        offsets: seconds of the requests in the trace, ascending from 0.
+        offsets: seconds of the requests in the trace, ascending.
+        tokens: of each one's answer.
 
-    Yields:
-        Seconds from the start of the run; the first is 0 and the last its end.
+    Returns:
+        Seconds from the start of the run. The first of each stretch comes at its beginning, the
+        last of all at the end of the run.
     """
-    ends = list(accumulate(s.seconds * s.share for s in stretches))
-    begins = [0.0, *ends[:-1]]
-    starts = [0.0, *accumulate(s.seconds for s in stretches)]
-    for offset in offsets:
-        done = offset / (offsets[-1] or 1.0) * ends[-1]
-        part = min(bisect_right(ends, done), len(stretches) - 1)
-        yield starts[part] + (done - begins[part]) / stretches[part].share
+    parts = [s.seconds * s.share for s in stretches]
+    ends = [sum(tokens) * end / sum(parts) for end in accumulate(parts)]
+    before = [0, *accumulate(tokens)][:-1]
+    # where the requests of each stretch begin, and where those of the last one end
+    firsts = [0, *(bisect_left(before, end) for end in ends[:-1]), len(offsets)]
+    found, start = [], 0.0
+    for stretch, first, end in zip(stretches, firsts, firsts[1:], strict=False):
+        own = offsets[first:end]
+        if own:
+            length = (offsets[min(end, len(offsets) - 1)] - own[0]) or 1.0
+            found += [start + (o - own[0]) / length * stretch.seconds for o in own]
+        start += stretch.seconds
+    return found

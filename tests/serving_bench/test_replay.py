@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 import math
-from itertools import pairwise
+import random
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import pytest
@@ -67,15 +68,32 @@ def test_lengths_fit_the_machine():
     assert replay_trace.shorter(Arrival(1.0, 1, 10_000)) == Arrival(1.0, 8, 64)
 
 
+BURST = [Stretch(10, 0.5), Stretch(2, 3.0), Stretch(10, 0.5)]
+
+
 def test_requests_are_denser_where_more_is_offered():
-    stretches = [Stretch(10, 0.5), Stretch(2, 3.0), Stretch(10, 0.5)]
-    assert replay_trace.work(stretches) == 16
-    times = list(spread_over([float(i) for i in range(17)], stretches))
-    assert times[0] == 0
-    assert times[-1] == pytest.approx(22)
+    assert replay_trace.work(BURST) == 16
+    times = spread_over([float(i) for i in range(16)], [7] * 16, BURST)
+    assert times == sorted(times)
+    assert (times[0], times[5], times[11], times[-1]) == (0, 10, 12, 22)
     assert sum(t < 10 for t in times) == 5
     assert sum(10 <= t < 12 for t in times) == 6
-    assert sum(t >= 12 for t in times) == 6
+
+
+def test_a_burst_has_its_tokens_wherever_the_trace_has_its_gaps():
+    generator = random.Random(1)
+    offsets = list(accumulate(generator.expovariate(1) for _ in range(400)))
+    tokens = [generator.randint(4, 64) for _ in offsets]
+    offsets[170:] = [o + 100 for o in offsets[170:]]  # in the middle of the burst
+    times = spread_over(offsets, tokens, BURST)
+    assert times == sorted(times)
+    burst = sum(n for t, n in zip(times, tokens, strict=True) if 10 <= t < 12)
+    assert burst == pytest.approx(sum(tokens) * 6 / 16, abs=64)
+
+
+def test_a_stretch_too_short_for_a_request_has_none():
+    stretches = [Stretch(1, 1.0), Stretch(0.01, 1.0), Stretch(1, 1.0)]
+    assert spread_over([0.0, 0.0, 3.0], [5, 5, 5], stretches) == pytest.approx([0, 0, 1.01])
 
 
 def test_few_requests_stand_for_all():
