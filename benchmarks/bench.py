@@ -74,9 +74,9 @@ STAGES = (
     Stage(
         "policies",
         "benchmarks.serving.policies",
-        10,
+        12,
         None,
-        ("--batches", "1", "16", "--rounds", "3", "--tokens", "32"),
+        ("--batches", "1", "16", "--rounds", "5", "--tokens", "24"),
         model=False,
         calibrated="--checkpoint",
     ),
