@@ -39,6 +39,7 @@ from benchmarks.quality.probe import bits_at
 from benchmarks.quality.sequences import TokenSequence, read_records, scored, summarise
 from benchmarks.quality.statistics import mean_interval, percentile
 from benchmarks.quality.texts import facts_of, text_files
+from benchmarks.report.text import nats
 from benchmarks.serving.configurations import (
     CALIBRATED_ENGINE,
     CONFIGURATIONS,
@@ -137,8 +138,9 @@ def measure(
             quality["mean_bits"] = answer.get("mean_bits", FULL_BITS.get(configuration.name))
             entry["texts"][text] = quality
             console.print(
-                f"  {configuration.label}, {text}: KL {quality['kl']:z.4f} ± "
-                f"{quality['kl_standard_error']:.4f} ({answer['seconds']:.0f} s)",
+                f"  {configuration.label}, {text}: KL "
+                f"{nats(quality['kl'], quality['kl_standard_error'])} "
+                f"({answer['seconds']:.0f} s)",
                 highlight=False,
             )
         results[configuration.name] = entry
@@ -179,7 +181,7 @@ def show(results: Mapping[str, Any], texts: Sequence[str], console: Console) -> 
         for text in texts:
             quality = entry["texts"][text]
             bits = quality["mean_bits"]
-            cells += ["" if bits is None else f"{bits:.2f}", f"{quality['kl']:z.4f}"]
+            cells += ["" if bits is None else f"{bits:.2f}", nats(quality["kl"])]
             cells.append(f"{quality['top1']:.1%}")
         table.add_row(*cells)
     console.print(table)

@@ -151,17 +151,18 @@ def plan_of(
 ) -> list[Planned]:
     """As many requests as the stretches have work for at `capacity` tokens per second, each with a
     name of its own (`name_requests`)."""
-    wanted, count, total = work(stretches) * capacity, 0, 0
-    while total < wanted and count < len(arrivals):
-        total += len(texts[nearest[count]].forced)
-        count += 1
-    tokens = [len(texts[i].forced) for i in nearest[:count]]
-    times = spread_over([a.seconds for a in arrivals[:count]], tokens, stretches)
-    plan = []
-    for i, seconds in enumerate(times):
-        text = texts[nearest[i]]
-        plan.append(Planned(seconds, replace(text, id=f"{text.id}.{i % NAMES}")))
-    return plan
+    wanted, total, chosen = work(stretches) * capacity, 0, []
+    for place in nearest:
+        if total >= wanted:
+            break
+        chosen.append(texts[place])
+        total += len(chosen[-1].forced)
+    offsets = [arrival.seconds for arrival in arrivals[: len(chosen)]]
+    times = spread_over(offsets, [len(text.forced) for text in chosen], stretches)
+    return [
+        Planned(seconds, replace(text, id=f"{text.id}.{i % NAMES}"))
+        for i, (seconds, text) in enumerate(zip(times, chosen, strict=True))
+    ]
 
 
 def offer(

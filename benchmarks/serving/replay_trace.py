@@ -15,7 +15,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
@@ -155,13 +155,13 @@ def spread_over(
         Seconds from the start of the run. The first of each stretch comes at its beginning, the
         last of all at the end of the run.
     """
-    parts = [s.seconds * s.share for s in stretches]
-    ends = [sum(tokens) * end / sum(parts) for end in accumulate(parts)]
-    before = [0, *accumulate(tokens)][:-1]
+    *before, total = [0, *accumulate(tokens)]
+    scale = total / work(stretches)
+    ends = [scale * work(stretches[:count]) for count in range(1, len(stretches))]
     # where the requests of each stretch begin, and where those of the last one end
-    firsts = [0, *(bisect_left(before, end) for end in ends[:-1]), len(offsets)]
+    firsts = [0, *(bisect_left(before, end) for end in ends), len(offsets)]
     found, start = [], 0.0
-    for stretch, first, end in zip(stretches, firsts, firsts[1:], strict=False):
+    for stretch, (first, end) in zip(stretches, pairwise(firsts), strict=True):
         own = offsets[first:end]
         if own:
             length = (offsets[min(end, len(offsets) - 1)] - own[0]) or 1.0

@@ -19,13 +19,17 @@ def pin(llm, **changes):
     assert set(llm.collective_rpc("flexquant_update", args=(changes,))) == {""}
 
 
+def folder_with_tokenizer(folder, model):
+    folder.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(model / name, folder)
+
+
 def small_checkpoint(folder, smollm2, config):
     """A random model of another shape with SmolLM2's tokenizer."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    folder.mkdir()
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(smollm2 / name, folder)
+    folder_with_tokenizer(folder, smollm2)
     torch.manual_seed(0)  # the same tokens come out of every run
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
     model.bfloat16().save_pretrained(folder)
@@ -34,9 +38,7 @@ def small_checkpoint(folder, smollm2, config):
 
 def first_blocks(folder, model, blocks):
     """A model with only its first blocks, which compiles in as much less time."""
-    folder.mkdir()
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(model / name, folder)
+    folder_with_tokenizer(folder, model)
     config = json.loads((model / "config.json").read_text()) | {"num_hidden_layers": blocks}
     (folder / "config.json").write_text(json.dumps(config))
     later = re.compile(r"model\.layers\.(\d+)\.")

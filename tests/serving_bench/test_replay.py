@@ -78,6 +78,7 @@ def test_requests_are_denser_where_more_is_offered():
     assert (times[0], times[5], times[11], times[-1]) == (0, 10, 12, 22)
     assert sum(t < 10 for t in times) == 5
     assert sum(10 <= t < 12 for t in times) == 6
+    assert sum(t >= 12 for t in times) == 5
 
 
 def test_a_burst_has_its_tokens_wherever_the_trace_has_its_gaps():
