@@ -108,3 +108,16 @@ def gpu(device: torch.device) -> Iterator[ModuleType]:
                         patch.setattr(module, name, triton.jit(value.fn))
             import flexquant_kernels.triton as kernels
         yield kernels
+
+
+@pytest.fixture(params=["native", "arrays"])
+def machinery(request, monkeypatch):
+    """Policy `budget` and the averages by the native kernels, and in NumPy's arrays."""
+    from flexquant_kernels import load_native, ops
+
+    if request.param == "native":
+        status = load_native()
+        if not status.loaded:
+            pytest.skip(status.reason)
+    else:
+        monkeypatch.setattr(ops, "native_status", lambda: ops.NativeStatus(False, "as asked"))

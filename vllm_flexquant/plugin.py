@@ -30,7 +30,7 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 from vllm_flexquant import __version__
-from vllm_flexquant.config import FORMAT_OPTIONS, METHOD, options_from_environment
+from vllm_flexquant.options import FORMAT_OPTIONS, METHOD, options_from_environment
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +49,7 @@ def register() -> None:
     from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
 
     if METHOD not in QUANTIZATION_METHODS:
-        import vllm_flexquant.runtime.quant_config  # noqa: F401 - registers itself
+        import vllm_flexquant.host.quant_config  # noqa: F401 - registers itself
     _patch_engine_args()
 
 
@@ -76,7 +76,7 @@ def _patch_engine_args() -> None:
         self: EngineArgs, target_model_config: ModelConfig, *args: Any, **kwargs: Any
     ) -> SpeculativeConfig | None:
         if target_model_config is not None and target_model_config.quantization == METHOD:
-            from vllm_flexquant.runtime import draft_setup
+            from vllm_flexquant.host import draft_setup
 
             options = options_from_environment().updated(
                 given_options(self.additional_config), ADDITIONAL
@@ -113,9 +113,10 @@ def prepare_engine_config(config: VllmConfig) -> None:
     from vllm.logger import init_logger
 
     from flexquant_kernels import ops
-    from vllm_flexquant.policy import promise
-    from vllm_flexquant.runtime import draft_setup, logits_processor
-    from vllm_flexquant.runtime.worker import WORKERS, FlexWorkerMixin
+    from vllm_flexquant.host import draft_setup
+    from vllm_flexquant.host import sampling as logits_processor
+    from vllm_flexquant.host.worker import WORKERS, FlexWorkerMixin
+    from vllm_flexquant.requests import grant as promise
 
     logger = init_logger(f"vllm.{__name__}")
     quant_config = config.quant_config
@@ -143,7 +144,7 @@ def prepare_engine_config(config: VllmConfig) -> None:
         if not issubclass(resolve_obj_by_qualname(worker), FlexWorkerMixin):
             raise ValueError(
                 f"--worker-cls {worker} cannot serve --quantization {METHOD}; derive it from "
-                "vllm_flexquant.runtime.worker.FlexWorkerMixin or drop the option"
+                "vllm_flexquant.host.worker.FlexWorkerMixin or drop the option"
             )
 
     processors = list(config.model_config.logits_processors or ())

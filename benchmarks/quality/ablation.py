@@ -36,17 +36,17 @@ from benchmarks.quality.budget import ASKED, LEVEL_KL, kl_at, nearest_level
 from benchmarks.quality.calibrated import RESULTS, Comparison, StoredCheckpoint
 from benchmarks.quality.probe import bits_at, scores
 from benchmarks.quality.texts import add_options, facts_of, text_files
-from vllm_flexquant.config import FlexQuantOptions
 from vllm_flexquant.format.checkpoint import OUTPUT_LAYER
+from vllm_flexquant.options import FlexQuantOptions
+from vllm_flexquant.planner.budget_control import BudgetControl
+from vllm_flexquant.planner.figures import listen, read_figures
+from vllm_flexquant.planner.ladder import Ladder, calibrated_ladder
+from vllm_flexquant.planner.sequences import SequenceEntropy
+from vllm_flexquant.planner.table import LayerRecord, LevelTable, WeightError
 from vllm_flexquant.policy.arrays import Array
 from vllm_flexquant.quantize import evaluate
 from vllm_flexquant.quantize.blocks import BlockModel
 from vllm_flexquant.quantize.calibration import cut_tokens, load_tokenizer, read_text
-from vllm_flexquant.runtime.budget import BudgetControl
-from vllm_flexquant.runtime.figures import listen, read_figures
-from vllm_flexquant.runtime.ladder import Ladder, calibrated_ladder
-from vllm_flexquant.runtime.sequences import SequenceEntropy
-from vllm_flexquant.runtime.table import LayerRecord, LevelTable, WeightError
 
 SIGNALS = ("none", "entropy", "probe", "both", "random", "oracle")
 LENGTH = 256

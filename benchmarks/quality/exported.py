@@ -28,7 +28,7 @@ from vllm_flexquant.format.compressed_tensors import unpack_int32
 from vllm_flexquant.format.saved import SavedCheckpoint
 from vllm_flexquant.quantize.blocks import BlockModel
 from vllm_flexquant.quantize.evaluate import mean_and_error
-from vllm_flexquant.quantize.export import EXPORT_RECORD, SavedModel
+from vllm_flexquant.quantize.one_width import EXPORT_RECORD, SavedModel
 
 BATCH = 4
 

@@ -34,7 +34,7 @@ from benchmarks.serving import owners
 from benchmarks.serving.configurations import dtype_of
 from benchmarks.serving.engine import ENVIRON, FRESH, MAX_ROWS, Engine, EngineSpec
 from benchmarks.serving.run import PROMPT, RESULTS
-from vllm_flexquant.runtime import ladder
+from vllm_flexquant.planner import ladder
 
 BASE = "static 8 bit"
 MACHINERY = "budget at 8 bit"

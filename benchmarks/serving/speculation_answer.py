@@ -24,8 +24,8 @@ from benchmarks.serving.engine import ENVIRON
 from benchmarks.serving.kinds import FILES, make_prompts
 from benchmarks.serving.run import PROMPT, RESULTS
 from benchmarks.serving.speculating import SpeculatingEngine
-from vllm_flexquant.policy import speculate
 from vllm_flexquant.quantize.calibration import load_tokenizer
+from vllm_flexquant.speculation import gate as speculate
 
 KIND = "chat"
 

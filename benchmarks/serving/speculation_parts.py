@@ -13,7 +13,7 @@ from benchmarks.serving.engine import MAX_ROWS
 from benchmarks.serving.kinds import Prompt, of_round
 from benchmarks.serving.speculating import PLAIN, Crowd, Run, SpeculatingEngine
 from benchmarks.serving.summary import spread
-from vllm_flexquant.policy.speculate import expected_speedup
+from vllm_flexquant.speculation.gate import expected_speedup
 
 ENTROPIES = (0.5, 1.0, 2.0)
 """Thresholds of gate entropy, nats."""

@@ -7,11 +7,11 @@ from conftest import running_engine
 from models import PROMPTS, SHAPE, pin, small_checkpoint, tokens
 
 from benchmarks.quality.sequences import TEXT
-from vllm_flexquant.config import FlexQuantOptions
-from vllm_flexquant.policy.trace import Trace
+from vllm_flexquant.options import FlexQuantOptions
 from vllm_flexquant.quantize.calibrate import CalibrationOptions, calibrate_checkpoint
 from vllm_flexquant.quantize.prune import prune_checkpoint
-from vllm_flexquant.runtime.replay import replay
+from vllm_flexquant.telemetry.replay import replay
+from vllm_flexquant.telemetry.steps import Trace
 
 
 def ranks_draft_the_same(llm, greedy_tokens):

@@ -10,7 +10,7 @@ import workers
 
 from benchmarks.quality.engine import agreement, decode
 from benchmarks.quality.sequences import read_records, scored
-from vllm_flexquant.config import FlexQuantOptions
+from vllm_flexquant.options import FlexQuantOptions
 from vllm_flexquant.policy.choose import make_policy
 from vllm_flexquant.policy.decision import Decision, StepSignals
 

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.serving.configurations import no_w4a16
-from vllm_flexquant.config import FlexQuantOptions
-from vllm_flexquant.quantize.export import ExportOptions, export_checkpoint
+from vllm_flexquant.options import FlexQuantOptions
+from vllm_flexquant.quantize.one_width import ExportOptions, export_checkpoint
 from vllm_flexquant.quantize.pipeline import quantize_checkpoint
 
 PROMPT = "The capital of France is Paris. The capital of Italy is"

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from vllm_flexquant.runtime.worker import FlexWorkerMixin
+from vllm_flexquant.host.worker import FlexWorkerMixin
 
 
 def anonymous_bytes() -> int:

@@ -3,10 +3,10 @@
 
 import torch
 
-from vllm_flexquant.config import FlexQuantOptions
-from vllm_flexquant.runtime.batch import Batch
-from vllm_flexquant.runtime.controller import Controller
-from vllm_flexquant.runtime.table import LayerRecord, WeightError
+from vllm_flexquant.options import FlexQuantOptions
+from vllm_flexquant.planner.planner import Controller
+from vllm_flexquant.planner.step import Batch
+from vllm_flexquant.planner.table import LayerRecord, WeightError
 
 LAYERS = 5
 

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vllm_flexquant.config import FlexQuantOptions
 from vllm_flexquant.format import PlaneLayout
-from vllm_flexquant.runtime.batch import Batch
-from vllm_flexquant.runtime.controller import Controller
-from vllm_flexquant.runtime.table import LayerRecord, WeightError, allowed_widths
+from vllm_flexquant.options import FlexQuantOptions
+from vllm_flexquant.planner.planner import Controller
+from vllm_flexquant.planner.step import Batch
+from vllm_flexquant.planner.table import LayerRecord, WeightError, allowed_widths
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # numpy's, of infinity
 

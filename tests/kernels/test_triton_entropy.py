@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from flexquant_kernels import reference
+from vllm_flexquant.planner.sequences import SequenceEntropy
 from vllm_flexquant.policy.arrays import view
-from vllm_flexquant.runtime.sequences import SequenceEntropy
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_empty"),

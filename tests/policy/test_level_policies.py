@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_flexquant.config import FlexQuantOptions
+from vllm_flexquant.options import FlexQuantOptions
 from vllm_flexquant.policy.choose import make_policy, resolve_policy
 from vllm_flexquant.policy.decision import Decision, StepSignals
 from vllm_flexquant.policy.entropy import EntropyPolicy

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from benchmarks.quality import calibrated, probe
-from vllm_flexquant.config import FlexQuantOptions
+from vllm_flexquant.options import FlexQuantOptions
 from vllm_flexquant.quantize.calibrate import CalibrationOptions, calibrate_checkpoint
 
 

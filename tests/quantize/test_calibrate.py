@@ -16,10 +16,10 @@ from typer.testing import CliRunner
 
 from vllm_flexquant.cli import app
 from vllm_flexquant.cli.quantize import describe
-from vllm_flexquant.config import FlexQuantOptions
 from vllm_flexquant.format.checkpoint import validate_checkpoint
 from vllm_flexquant.format.layout import PlaneLayout
 from vllm_flexquant.format.record import read_calibration
+from vllm_flexquant.options import FlexQuantOptions
 from vllm_flexquant.quantize.calibrate import CalibrationOptions, calibrate_checkpoint
 
 

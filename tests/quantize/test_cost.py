@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.quality.calibrated import RESULTS
-from vllm_flexquant.config import FlexQuantOptions
 from vllm_flexquant.format import PlaneLayout
+from vllm_flexquant.options import FlexQuantOptions
 from vllm_flexquant.quantize.calibrate import CalibrationOptions, calibrate_checkpoint
 from vllm_flexquant.quantize.cost import KernelTimes, read_kernel_times, unit_prices
 

@@ -2,9 +2,9 @@
 import pytest
 import torch
 
+from vllm_flexquant.planner.sequences import SequenceEntropy
 from vllm_flexquant.quantize.bins import BINS
 from vllm_flexquant.quantize.need import DECAY, need_of_entropy
-from vllm_flexquant.runtime.sequences import SequenceEntropy
 
 
 def test_need_follows_the_entropy_that_made_it():

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from vllm_flexquant.cli import app
-from vllm_flexquant.config import FlexQuantOptions
 from vllm_flexquant.format.layout import PlaneLayout
+from vllm_flexquant.options import FlexQuantOptions
 from vllm_flexquant.quantize import evaluate, parallel
 from vllm_flexquant.quantize.blocks import BlockModel, Unit
 from vllm_flexquant.quantize.calibrate import CalibrationOptions, calibrate_checkpoint

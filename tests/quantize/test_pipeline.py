@@ -8,9 +8,9 @@ from typer.testing import CliRunner
 
 from flexquant_kernels import reference
 from vllm_flexquant.cli import app
-from vllm_flexquant.config import FlexQuantOptions
 from vllm_flexquant.format import PlaneLayout
 from vllm_flexquant.format.checkpoint import OutputLayer, StoredConfig, validate_checkpoint
+from vllm_flexquant.options import FlexQuantOptions
 from vllm_flexquant.quantize.pipeline import quantize_checkpoint
 
 

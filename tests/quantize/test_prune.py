@@ -6,9 +6,9 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from vllm_flexquant.cli import app
-from vllm_flexquant.config import FlexQuantOptions
 from vllm_flexquant.format.checkpoint import StoredConfig, read_sidecar, validate_checkpoint
 from vllm_flexquant.format.record import read_calibration
+from vllm_flexquant.options import FlexQuantOptions
 from vllm_flexquant.quantize.calibrate import CalibrationOptions, calibrate_checkpoint
 from vllm_flexquant.quantize.pipeline import quantize_checkpoint
 from vllm_flexquant.quantize.prune import prune_checkpoint, prune_record

@@ -12,7 +12,7 @@ import typer
 
 from vllm_flexquant.cli.quantize import NO_TEXT, check_choice, progress_bars
 from vllm_flexquant.quantize.calibration import BUILT_IN
-from vllm_flexquant.quantize.export import (
+from vllm_flexquant.quantize.one_width import (
     FORMAT,
     SYMMETRIC,
     Exported,

@@ -13,14 +13,14 @@ from typing import Any, cast, get_args
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from vllm_flexquant.config import FlexQuantOptions
 from vllm_flexquant.format.record import CalibrationRecord, LadderRecord
-from vllm_flexquant.policy.speculate import best_draft
+from vllm_flexquant.options import FlexQuantOptions
 from vllm_flexquant.quantize.calibrate import CalibrationOptions, Search, calibrate_checkpoint
 from vllm_flexquant.quantize.calibration import BUILT_IN
 from vllm_flexquant.quantize.pipeline import quantize_checkpoint
 from vllm_flexquant.quantize.prune import prune_checkpoint
 from vllm_flexquant.quantize.rounding import Method
+from vllm_flexquant.speculation.gate import best_draft
 
 NO_TEXT = "none"
 

@@ -9,8 +9,8 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from vllm_flexquant.policy.trace import Trace
-from vllm_flexquant.runtime.replay import replay
+from vllm_flexquant.telemetry.replay import replay
+from vllm_flexquant.telemetry.steps import Trace
 
 _SECONDS = 60
 

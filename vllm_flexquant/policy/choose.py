@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vllm_flexquant.config import PINNED, FlexQuantOptions
+from vllm_flexquant.options import PINNED, FlexQuantOptions
 from vllm_flexquant.policy.decision import LevelPolicy
 from vllm_flexquant.policy.entropy import EntropyPolicy
-from vllm_flexquant.policy.fixed import FixedPolicy
 from vllm_flexquant.policy.progressive import ProgressivePolicy
+from vllm_flexquant.policy.static import FixedPolicy
 
 
 def resolve_policy(options: FlexQuantOptions, calibrated: bool) -> FlexQuantOptions:

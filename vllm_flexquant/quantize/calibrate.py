@@ -19,7 +19,6 @@ from typing import Any, Literal
 
 import torch
 
-from vllm_flexquant.config import FlexQuantOptions
 from vllm_flexquant.format.checkpoint import OUTPUT_LAYER, hash_file
 from vllm_flexquant.format.layout import ScaleMode
 from vllm_flexquant.format.record import (
@@ -30,6 +29,7 @@ from vllm_flexquant.format.record import (
     StepRecord,
     UnitRecord,
 )
+from vllm_flexquant.options import FlexQuantOptions
 from vllm_flexquant.quantize import (
     calibration,
     drafts,

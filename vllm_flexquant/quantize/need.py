@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from vllm_flexquant.format.record import NeedRecord
+from vllm_flexquant.planner.sequences import SequenceEntropy
 from vllm_flexquant.quantize.bins import BIN_NATS, mean_by_bin
-from vllm_flexquant.runtime.sequences import SequenceEntropy
 
 DECAY = 0.5
 """Of the moving average, as the engine's default."""

@@ -20,7 +20,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from flexquant_kernels.pack import pack_planes
-from vllm_flexquant.config import FlexQuantOptions
 from vllm_flexquant.format.checkpoint import (
     FORMAT_VERSION,
     OUTPUT_LAYER,
@@ -35,6 +34,7 @@ from vllm_flexquant.format.checkpoint import (
 from vllm_flexquant.format.files import writing
 from vllm_flexquant.format.layout import PlaneLayout, choose_group_size
 from vllm_flexquant.format.record import CalibrationRecord
+from vllm_flexquant.options import FlexQuantOptions
 from vllm_flexquant.quantize.card import write_card
 from vllm_flexquant.quantize.rtn import QuantizedWeight, quantize_rtn
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
-from vllm_flexquant.config import METHOD, PolicyUpdate
+from vllm_flexquant.options import METHOD, PolicyUpdate
 from vllm_flexquant.server.engine import flexquant_engine
 from vllm_flexquant.server.metrics import AskBeforeMetrics
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm_flexquant.config import METHOD
+from vllm_flexquant.options import METHOD
 
 
 def flexquant_engine(app: Any) -> Any:
