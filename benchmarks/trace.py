@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the recorded steps of an engine add up to.
 
-`layers` is the list under that key of `flexquant_status` or `GET /v1/flexquant`, `steps` the list
-that `flexquant_trace` returns, or `?trace=1`: one entry per step with the width of each layer.
+`layers` is the list under that key of `flexquant_snapshot` or `GET /v1/flexquant`, `steps` the list
+that `flexquant_records` returns, or `?trace=1`: one entry per step with the width of each layer.
 """
 
 from __future__ import annotations

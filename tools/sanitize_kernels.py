@@ -35,7 +35,7 @@ FLAGS = (
 TESTS = (
     "tests/kernels/test_linear.py",
     "tests/kernels/test_entropy.py",
-    "tests/planner/test_state.py",
+    "tests/kernels/test_decide.py",
 )
 NOT_RUN = "compiled"  # torch.compile runs the C++ compiler, which gains nothing from a sanitizer
 EXIT_CODE = 86

@@ -4,19 +4,22 @@
 Options reach an engine from four sources; a later one wins:
 
 1. the defaults below,
-2. environment variables, `VLLM_FLEXQUANT_<OPTION>`,
+2. environment variables, `VLLM_FLEXQUANT_<OPTION>`; an empty one is unset,
 3. `--additional-config '{"flexquant": {...}}'`,
 4. for a checkpoint that is quantized while it loads,
    `--hf-overrides '{"quantization_config": {"quant_method": "flexquant", ...}}'`.
 
-A saved flexquant checkpoint fixes its own format options (`FORMAT_OPTIONS`).
+A saved flexquant checkpoint fixes its own format options (`FORMAT_OPTIONS`). All meet in `Sources`.
+Imports neither torch nor vLLM.
 """
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -24,24 +27,42 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    SecretStr,
     ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
     field_validator,
     model_validator,
 )
 
+from vllm_flexquant.environment import ENV_PREFIX, ENVIRONMENT, PROCESS_ENV, read_environment
 from vllm_flexquant.format.layout import GROUP_SIZES, PARENT_BITS, PlaneLayout, ScaleMode
+from vllm_flexquant.values import (
+    LIVE,
+    LOWEST_BITS,
+    Bits,
+    Count,
+    Drafts,
+    Entropy,
+    LayerNames,
+    Layout,
+    Level,
+    Live,
+    MeanBits,
+    Millis,
+    Name,
+    Names,
+    Nats,
+    Positive,
+    Share,
+    Steps,
+    from_json,
+    printed,
+    shown,
+    unknown_name,
+)
 
 METHOD = "flexquant"
-ENV_PREFIX = "VLLM_FLEXQUANT_"
-
-PROCESS_ENV = {
-    "VLLM_FLEXQUANT_DISABLE": "1: the plugin registers nothing in this process",
-    "VLLM_FLEXQUANT_CACHE": "folder of the compiled CPU kernels (default: the user's cache folder)",
-    "VLLM_FLEXQUANT_ISA": "highest instruction set that the CPU kernels may use, a name that "
-    "`flexquant kernels` lists (default: the best of the machine)",
-}
-"""Environment variables that are not options of an engine."""
-
 XARG_MIN_BITS = "flexquant_min_bits"
 XARG_BUDGET = "flexquant_budget"
 XARG_CLASS = "flexquant_class"
@@ -52,29 +73,20 @@ XARGS = {
 }
 """The `vllm_xargs` keys of a request."""
 
-LOWEST_BITS = 2
+OWN = "own"
+"""What the accounts of budgets that requests asked for themselves are called together."""
 
-MOST_DRAFTS = 16
-"""Longer drafts than this are never worth it."""
+MOST_CLASSES = 47
+"""So that the ledger has lines left for budgets that requests ask for."""
+
+SHORTEST_KEY = 8
+"""Characters of the operator's key."""
 
 Policy = Literal["auto", "budget", "entropy", "progressive", "load", "static", "manual"]
 Signal = Literal["probe", "entropy", "both", "none"]
 Gate = Literal["gain", "entropy", "fixed"]
 PINNED = ("static", "manual")
 """Policies whose level does not depend on the step."""
-
-Bits = Annotated[int, Field(ge=LOWEST_BITS, le=PARENT_BITS)]
-Millis = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Nats = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Layout = Annotated[PlaneLayout, BeforeValidator(PlaneLayout.parse)]
-
-
-def _split(value: Any) -> Any:
-    return [v.strip() for v in value.split(",") if v.strip()] if isinstance(value, str) else value
-
-
-def _from_json(value: Any) -> Any:
-    return json.loads(value) if isinstance(value, str) else value
 
 
 class RequestClass(BaseModel):
@@ -99,127 +111,152 @@ CLASSES = {
 class FlexQuantOptions(BaseModel):
     """Options of one engine."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", arbitrary_types_allowed=True, hide_input_in_errors=True
+    )
 
     layout: Layout = Field(
         PlaneLayout(), description="plane widths in bits, most significant first"
     )
-    group_size: int = Field(
+    group_size: Positive = Field(
         64,
         description="largest group of weights that share a scale: 128, 64 or 32; a layer takes the "
         "largest of these that divides its input dimension",
     )
     scales: ScaleMode = Field(ScaleMode.PER_WIDTH, description="per_width or shared")
     output_layer: bool = Field(True, description="quantize the output layer (lm_head)")
-    ignore: Annotated[tuple[str, ...], BeforeValidator(_split)] = Field(
-        (), description="names or name endings of layers to leave unquantized, comma-separated"
+    ignore: LayerNames = Field(
+        (),
+        max_length=1000,
+        description="names or name endings of layers to leave unquantized, comma-separated",
     )
     verify: bool = Field(
         True, description="check the hashes of a saved checkpoint before it is loaded"
     )
 
-    policy: Policy = Field(
+    policy: Live[Policy] = Field(
         "auto",
         description="budget, entropy, progressive, load, static or manual; auto: budget for a "
         "calibrated checkpoint, else entropy; all bits beside speculation",
     )
-    budget: Nats = Field(
+    budget: Live[Nats] = Field(
         0.02, description="mean KL per token under policy budget, nats; classes may have their own"
     )
-    budget_horizon: int = Field(
-        256, ge=1, description="tokens of a class over which its mean is to meet its budget"
+    budget_horizon: Live[Positive] = Field(
+        256, description="tokens of a class over which its mean is to meet its budget"
     )
-    signal: Signal = Field(
+    signal: Live[Signal] = Field(
         "probe",
         description="what tells policy budget what a token needs: probe, entropy (of the steps "
         "before), both or none",
     )
-    classes: Annotated[dict[str, RequestClass], BeforeValidator(_from_json)] = Field(
+    classes: Annotated[dict[Name, RequestClass], BeforeValidator(from_json)] = Field(
         CLASSES,
+        max_length=MOST_CLASSES,
         description="classes of requests, a JSON object of objects with budget and min_bits",
     )
-    default_class: str = Field(
+    default_class: Name = Field(
         "balanced", description="class of requests that name none, as `flexquant_class` would"
     )
-    target_ms: Millis | None = Field(
+    request_classes: Names | None = Field(
+        None,
+        description="classes that a request may name, comma-separated (default: all of them)",
+    )
+    request_budget: Literal["allow", "deny"] | Nats = Field(
+        "allow",
+        description="whether a request may ask for a budget of its own: allow, deny, or the lowest "
+        "that it may ask for, nats per token",
+    )
+    request_floor: Literal["allow", "deny"] | Bits = Field(
+        "allow",
+        description="whether a request may ask for a lowest width: allow, deny, or the most bits "
+        "that it may ask for",
+    )
+    operator_key: SecretStr | None = Field(
+        None,
+        repr=False,
+        exclude=True,
+        description="with it an operator changes the policy and reads traces, by HTTP; at least "
+        f"{SHORTEST_KEY} characters, by the environment only (default: nobody may)",
+    )
+    target_ms: Live[Millis | None] = Field(
         None,
         description="time per output token that load is kept to, by lower levels when it must be; "
         "policy load runs at the best level that keeps it; syncs a GPU",
     )
-    rank_first: Literal["load", "budget"] = Field(
+    rank_first: Live[Literal["load", "budget"]] = Field(
         "load", description="which of target_ms and policy budget wins where both cannot be kept"
     )
-    up_for_free: bool = Field(
+    up_for_free: Live[bool] = Field(
         True,
         description="all bits at numbers of rows where low widths were measured to save no time",
     )
-    progressive_tokens: int = Field(
-        256, ge=1, description="tokens over which policy progressive lowers an answer's level"
+    progressive_tokens: Live[Positive] = Field(
+        256, description="tokens over which policy progressive lowers an answer's level"
     )
-    progressive_full: int = Field(
-        16, ge=0, description="first tokens of an answer at the best level, under progressive"
+    progressive_full: Live[Count] = Field(
+        16, description="first tokens of an answer at the best level, under progressive"
     )
-    progressive_bits: float = Field(
+    progressive_bits: Live[MeanBits] = Field(
         LOWEST_BITS, description="mean bits at which policy progressive ends"
     )
-    speculate: int = Field(
+    speculate: Live[Drafts] = Field(
         0,
-        ge=0,
-        le=MOST_DRAFTS,
         description="tokens that the model drafts at most, at a cheap level of its own, before a "
         "step verifies them; 0: no self-speculation",
     )
-    draft_level: int | None = Field(
+    draft_level: Live[Level | None] = Field(
         None,
-        ge=0,
         description="level of the ladder at which drafts run (default: by calibration, else about "
         "4 bits)",
     )
-    draft_width: Bits | None = Field(
+    draft_width: Live[Bits | None] = Field(
         None, description="bits of every layer in drafts, instead of a level"
     )
-    draft_gate: Gate = Field(
+    draft_gate: Live[Gate] = Field(
         "gain",
         description="what ends a draft: gain, what it is expected to gain by its entropies and the "
         "times measured; entropy, one above draft_entropy; fixed, only its length. With fixed "
         "drafts are never off",
     )
-    draft_entropy: float = Field(
+    draft_entropy: Live[Entropy] = Field(
         1.5,
-        ge=0,
         description="nats of a draft above which drafting stops, under draft_gate=entropy",
     )
-    width: Bits | None = Field(
+    width: Live[Bits | None] = Field(
         None, description="bits of every layer under static and manual (default: all bits)"
     )
-    level: int | None = Field(
-        None, ge=0, description="level of the ladder under static and manual, instead of a width"
+    level: Live[Level | None] = Field(
+        None, description="level of the ladder under static and manual, instead of a width"
     )
-    min_bits: Bits = Field(LOWEST_BITS, description="no layer runs below this many bits")
-    max_bits: Bits = Field(PARENT_BITS, description="no layer runs above this many bits")
-    prefill: Literal["full", "policy"] = Field(
+    min_bits: Live[Bits] = Field(LOWEST_BITS, description="no layer runs below this many bits")
+    max_bits: Live[Bits] = Field(PARENT_BITS, description="no layer runs above this many bits")
+    prefill: Live[Literal["full", "policy"]] = Field(
         "full",
-        description="width of steps that hold prompt tokens: all bits, or as the policy says",
+        description="width of steps that hold prompt tokens: all bits, or as the policy says. "
+        "`policy` is not booked in a budget: what prompts lose comes on top",
     )
-    aggregate: Literal["mean", "quantile", "max"] = Field(
+    aggregate: Live[Literal["mean", "quantile", "max"]] = Field(
         "mean", description="how what the rows of the running batch need becomes one need"
     )
-    quantile: float = Field(0.9, ge=0, le=1, description="which one, under aggregate=quantile")
-    entropy_low: float = Field(
-        0.5, ge=0, description="nats at and below which the cheapest level runs"
+    quantile: Live[Share] = Field(0.9, description="which one, under aggregate=quantile")
+    entropy_low: Live[Entropy] = Field(
+        0.5, description="nats at and below which the cheapest level runs"
     )
-    entropy_high: float = Field(
+    entropy_high: Live[Entropy] = Field(
         2.5, gt=0, description="nats at and above which the best level runs"
     )
-    entropy_decay: float = Field(
-        0.5, ge=0, lt=1, description="weight of the past in a sequence's moving average"
+    entropy_decay: Live[Share] = Field(
+        0.5, lt=1, description="weight of the past in a sequence's moving average"
     )
-    hysteresis: float = Field(
-        0.05, ge=0, le=1, description="share of the ladder that a change must exceed"
+    hysteresis: Live[Share] = Field(
+        0.05, description="share of the ladder that a change must exceed"
     )
-    dwell: int = Field(1, ge=1, description="steps between two changes of level at least")
-    trace_steps: int = Field(
-        0, ge=0, le=1_000_000, description="last steps kept for inspection; syncs a GPU if not 0"
+    dwell: Live[Positive] = Field(1, description="steps between two changes of level at least")
+    trace_steps: Steps = Field(
+        0,
+        description="last steps kept for inspection, about 100 bytes each for a running sequence "
+        "and 8 for a layer; syncs a GPU if not 0",
     )
 
     @field_validator("group_size")
@@ -229,8 +266,37 @@ class FlexQuantOptions(BaseModel):
             raise ValueError(f"group size {value} is not supported; use 128, 64 or 32")
         return value
 
+    @field_validator("request_budget", "request_floor", mode="wrap")
+    @classmethod
+    def _is_allowed(
+        cls, value: Any, read: ValidatorFunctionWrapHandler, info: ValidationInfo
+    ) -> Any:
+        try:
+            return read(value)
+        except ValidationError:
+            bits = f"bits from {LOWEST_BITS} to {PARENT_BITS}"
+            what = bits if info.field_name == "request_floor" else "nats from 1e-06 to 100"
+            raise ValueError(f"give allow, deny or {what}") from None
+
+    @field_validator("operator_key", mode="before")
+    @classmethod
+    def _is_a_key(cls, value: Any) -> Any:
+        text = value.get_secret_value() if isinstance(value, SecretStr) else value
+        if text is None or text == "":
+            return None
+        if not (isinstance(text, str) and re.fullmatch(rf"[!-~]{{{SHORTEST_KEY},256}}", text)):
+            raise ValueError(
+                f"give {SHORTEST_KEY} to 256 characters of ASCII without spaces, as of "
+                "`openssl rand -hex 16`"
+            )
+        return value
+
     @model_validator(mode="after")
     def _consistent(self) -> FlexQuantOptions:
+        if OWN in self.classes:
+            raise ValueError(
+                f"a class is called '{OWN}', as the budgets of requests' own are; rename it"
+            )
         if self.min_bits > self.max_bits:
             raise ValueError(
                 f"min_bits {self.min_bits} is above max_bits {self.max_bits}; lower one of them"
@@ -262,12 +328,19 @@ class FlexQuantOptions(BaseModel):
             )
         if self.policy == "load" and self.target_ms is None:
             raise ValueError("policy load has no target; set target_ms, the time per output token")
-        if self.default_class not in self.classes:
-            raise ValueError(
-                f"default_class {self.default_class} is not one of the classes, which are "
-                f"{', '.join(self.classes) or 'none'}"
-            )
+        named = [("default_class", self.default_class)]
+        named += [("request_classes", name) for name in self.request_classes or ()]
+        for option, name in named:
+            if name not in self.classes:
+                raise ValueError(
+                    f"{option} {name} is not one of the classes, which are "
+                    f"{', '.join(self.classes) or 'none'}"
+                )
         return self
+
+    def plain(self) -> dict[str, Any]:
+        """JSON values of all options but the operator's key."""
+        return self.model_dump(mode="json")
 
     def updated(self, changes: Mapping[str, Any], source: str) -> FlexQuantOptions:
         """A copy with `changes` applied.
@@ -276,119 +349,146 @@ class FlexQuantOptions(BaseModel):
             ValueError: an unknown option or a bad value; the message names `source`, the option,
                 the value and the remedy.
         """
-        if unknown := sorted(set(changes) - set(type(self).model_fields)):
-            known = ", ".join(type(self).model_fields)
-            raise ValueError(f"{source}: unknown option '{unknown[0]}'; options are {known}")
+        check_names(changes, source)
         try:
             return type(self).model_validate({**dict(self), **changes})
         except ValidationError as error:
             raise ValueError(f"{source}: {describe(error)}") from None
 
+    def changed(self, changes: Mapping[str, Any]) -> FlexQuantOptions:
+        """A copy as an operator asks for it while serving.
+
+        `width` or `level` without `policy` selects `manual`. `target_ms: null` takes the target
+        away, and null for `draft_level` or `draft_width` goes back to the level by calibration; any
+        other null leaves the option as it is.
+
+        Raises:
+            ValueError: an option that is unknown or not live, or a bad value, in one sentence.
+        """
+        live = live_options()
+        if wrong := next((name for name in changes if name not in live), None):
+            known = wrong in type(self).model_fields
+            text = "option {} cannot be changed while serving" if known else "unknown option {}"
+            raise ValueError(
+                f"{text.format(shown(wrong))}; options that can be changed are {', '.join(live)}"
+            )
+        given = {k: v for k, v in changes.items() if v is not None or k in _NULLABLE}
+        if given.keys() & {"width", "level"}:
+            given = {"policy": "manual", "width": None, "level": None} | given
+        elif given.get("policy", "manual") not in PINNED:
+            given |= {"width": None, "level": None}
+        if given.keys() & {"draft_level", "draft_width"}:
+            given = {"draft_level": None, "draft_width": None} | given
+        try:
+            return type(self).model_validate({**dict(self), **given})
+        except ValidationError as error:
+            raise ValueError(describe(error)) from None
+
+
+_NULLABLE = ("target_ms", "draft_level", "draft_width")
 
 FORMAT_OPTIONS = ("layout", "group_size", "scales")
 """Options that a saved checkpoint fixes."""
 
+SECRET = "operator_key"
+"""By the environment only: vLLM logs its arguments."""
+
+ADDITIONAL = "--additional-config flexquant"
+OVERRIDES = "--hf-overrides quantization_config"
+STORED = "config.json"
+
+
+@cache
+def live_options() -> tuple[str, ...]:
+    """Names of the options that may be changed while serving."""
+    fields = FlexQuantOptions.model_fields.items()
+    return tuple(name for name, info in fields if LIVE in info.metadata)
+
+
+def check_names(given: Iterable[str], source: str) -> None:
+    """Raises ValueError: a name is no option, or is not to come from this source."""
+    known = FlexQuantOptions.model_fields
+    if unknown := [name for name in given if name not in known]:
+        raise ValueError(f"{source}: {unknown_name('option', unknown[0], known)}")
+    if SECRET in given and source != ENVIRONMENT:
+        raise ValueError(
+            f"{source}: option '{SECRET}' is read from the environment only, because arguments are "
+            f"logged; set {ENV_PREFIX}{SECRET.upper()}"
+        )
+
 
 def describe(error: ValidationError) -> str:
     """The first problem of a pydantic error in one sentence: option, value, what was expected."""
-    problem = error.errors()[0]
-    message = problem["msg"].removeprefix("Value error, ")
+    problem = error.errors(include_url=False)[0]
+    message = printed(problem["msg"].removeprefix("Value error, "), 400)
     if not problem["loc"]:
         return message
-    name, value = problem["loc"][0], problem["input"]
-    return f"option '{name}' is {value!r}: {message}"
+    name = printed(".".join(map(str, problem["loc"])))
+    value = "" if problem["loc"][0] == SECRET else f" is {shown(problem['input'])}"
+    return f"option '{name}'{value}: {message}"
 
 
-def options_from_environment() -> FlexQuantOptions:
-    """Defaults overridden by `VLLM_FLEXQUANT_*`."""
-    fields = FlexQuantOptions.model_fields
-    names = {f"{ENV_PREFIX}{name.upper()}": name for name in fields}
-    for variable in os.environ:
-        if (
-            variable.startswith(ENV_PREFIX)
-            and variable not in names
-            and variable not in PROCESS_ENV
-        ):
-            raise ValueError(
-                f"environment: unknown variable {variable}; variables are "
-                f"{', '.join([*names, *PROCESS_ENV])}"
-            )
-    found = {
-        name: os.environ[variable] for variable, name in names.items() if variable in os.environ
-    }
-    return FlexQuantOptions().updated(found, "environment")
+@dataclass(frozen=True)
+class Sources:
+    """Where options come from, as they were given. stored: what a saved checkpoint fixes."""
 
-
-class PolicyUpdate(BaseModel):
-    """What `POST /v1/flexquant` may change; a field that is absent stays as it is.
-
-    `width` or `level` without `policy` selects `manual`. `target_ms: null` takes the target away,
-    and null for `draft_level` or `draft_width` goes back to the level by calibration.
-    """
-
-    model_config = ConfigDict(extra="forbid")
-
-    policy: Policy | None = None
-    budget: Nats | None = None
-    budget_horizon: int | None = Field(None, ge=1)
-    signal: Signal | None = None
-    width: Bits | None = None
-    level: int | None = Field(None, ge=0)
-    min_bits: Bits | None = None
-    max_bits: Bits | None = None
-    prefill: Literal["full", "policy"] | None = None
-    aggregate: Literal["mean", "quantile", "max"] | None = None
-    quantile: float | None = Field(None, ge=0, le=1)
-    entropy_low: float | None = Field(None, ge=0)
-    entropy_high: float | None = Field(None, gt=0)
-    entropy_decay: float | None = Field(None, ge=0, lt=1)
-    hysteresis: float | None = Field(None, ge=0, le=1)
-    dwell: int | None = Field(None, ge=1)
-    target_ms: Millis | None = None
-    rank_first: Literal["load", "budget"] | None = None
-    up_for_free: bool | None = None
-    progressive_tokens: int | None = Field(None, ge=1)
-    progressive_full: int | None = Field(None, ge=0)
-    progressive_bits: float | None = None
-    speculate: int | None = Field(None, ge=0, le=MOST_DRAFTS)
-    draft_level: int | None = Field(None, ge=0)
-    draft_width: Bits | None = None
-    draft_gate: Gate | None = None
-    draft_entropy: float | None = Field(None, ge=0)
+    environment: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    additional: Mapping[str, Any] = field(default_factory=dict)
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    stored: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, changes: Mapping[str, Any]) -> PolicyUpdate:
-        """Check what was asked for, by itself.
+    def from_environment(
+        cls,
+        additional: Mapping[str, Any] | None = None,
+        overrides: Mapping[str, Any] | None = None,
+        stored: Mapping[str, Any] | None = None,
+    ) -> Sources:
+        """With the environment of this process."""
+        return cls(environment_options(), additional or {}, overrides or {}, stored or {})
+
+    def resolve(self) -> FlexQuantOptions:
+        """The options in force: of two sources the later one wins, and all are checked together.
 
         Raises:
-            ValueError: an unknown option or a bad value, in one sentence.
+            ValueError: as `FlexQuantOptions.updated`, or an option that the checkpoint fixes.
         """
-        if unknown := sorted(set(changes) - set(cls.model_fields)):
-            raise ValueError(
-                f"unknown option '{unknown[0]}'; options that can be changed are "
-                f"{', '.join(cls.model_fields)}"
-            )
+        merged: dict[str, Any] = {}
+        origin: dict[str, str] = {}
+        for source, given in {
+            ENVIRONMENT: self.environment,
+            ADDITIONAL: self.additional,
+            OVERRIDES: self.overrides,
+            STORED: self.stored,
+        }.items():
+            check_names(given, source)
+            fixed = [name for name in FORMAT_OPTIONS if name in given and name in self.stored]
+            if fixed and source in (ADDITIONAL, OVERRIDES):
+                raise ValueError(
+                    f"{source}: option '{fixed[0]}' is fixed by the saved checkpoint "
+                    f"({printed(str(self.stored[fixed[0]]))}); drop it or quantize again"
+                )
+            merged |= given
+            origin |= dict.fromkeys(given, source)
         try:
-            return cls.model_validate(dict(changes))
+            return FlexQuantOptions.model_validate(merged)
         except ValidationError as error:
-            raise ValueError(describe(error)) from None
+            place = error.errors(include_url=False)[0]["loc"]
+            concerned = [origin[str(place[0])]] if place else dict.fromkeys(origin.values())
+            raise ValueError(f"{' and '.join(concerned)}: {describe(error)}") from None
 
-    def apply(self, options: FlexQuantOptions) -> FlexQuantOptions:
-        """The options after this update.
 
-        Raises:
-            ValueError: as `FlexQuantOptions.updated`.
-        """
-        changes: dict[str, Any] = self.model_dump(exclude_none=True)
-        if "target_ms" in self.model_fields_set:
-            changes["target_ms"] = self.target_ms
-        if "width" in changes or "level" in changes:
-            changes.setdefault("policy", "manual")
-            changes.setdefault("width", None)
-            changes.setdefault("level", None)
-        elif changes.get("policy", "manual") not in PINNED:
-            changes |= {"width": None, "level": None}
-        if self.model_fields_set & {"draft_level", "draft_width"}:
-            changes.setdefault("draft_level", None)
-            changes.setdefault("draft_width", None)
-        return options.updated(changes, "request")
+def environment_names() -> tuple[str, ...]:
+    """All variables that this package reads."""
+    options = (f"{ENV_PREFIX}{name.upper()}" for name in FlexQuantOptions.model_fields)
+    return (*options, *PROCESS_ENV)
+
+
+def environment_options(environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """The options among environment variables, as text; an empty one is unset.
+
+    Raises:
+        ValueError: a variable with our prefix that is unknown.
+    """
+    found: dict[str, Any] = dict(read_environment(FlexQuantOptions.model_fields, environ))
+    return found | ({SECRET: SecretStr(found[SECRET])} if SECRET in found else {})

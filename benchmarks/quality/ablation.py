@@ -4,9 +4,9 @@
     python -m benchmarks.quality.ablation --model FOLDER --checkpoint FOLDER
         --text prose=FILE --text code=FILE --text chat=FILE.jsonl [--rows 1 4 16]
 
-The policy as it is served (`BudgetControl`) decides about real tokens: their KL and entropy at
-eight levels of the ladder are measured first, by plain transformers in fp32, as are the scores of
-the probe. Between two measured levels, log KL and entropy are taken for linear in mean bits; of a
+The policy as it is served (`policy.budget.Budget`) decides about real tokens: their KL and entropy
+at eight levels of the ladder are measured first, by plain transformers in fp32, as are the scores
+of the probe. Between two measured levels, log KL and entropy are taken for linear in mean bits; of a
 step whose first layers ran at another level than the rest, the first ones count for their share by
 calibration. *Random* shuffles the scores of the probe among the tokens. *Oracle* is told what
 nobody can know: the token's own KL over the mean, averaged over the eight levels; what a score for
@@ -38,15 +38,20 @@ from benchmarks.quality.probe import bits_at, scores
 from benchmarks.quality.texts import add_options, facts_of, text_files
 from vllm_flexquant.format.checkpoint import OUTPUT_LAYER
 from vllm_flexquant.options import FlexQuantOptions
-from vllm_flexquant.planner.budget_control import BudgetControl
 from vllm_flexquant.planner.figures import listen, read_figures
 from vllm_flexquant.planner.ladder import Ladder, calibrated_ladder
-from vllm_flexquant.planner.sequences import SequenceEntropy
-from vllm_flexquant.planner.table import LayerRecord, LevelTable, WeightError
+from vllm_flexquant.planner.ledger import Ledger
+from vllm_flexquant.planner.state import empty_state, fill
+from vllm_flexquant.planner.table import LayerRecord, WeightError
 from vllm_flexquant.policy.arrays import Array
+from vllm_flexquant.policy.budget import Budget
+from vllm_flexquant.policy.choose import parameters
+from vllm_flexquant.policy.entropy import averaged
+from vllm_flexquant.policy.protocol import FIRST, LATER, StepFacts
 from vllm_flexquant.quantize import evaluate
 from vllm_flexquant.quantize.blocks import BlockModel
 from vllm_flexquant.quantize.calibration import cut_tokens, load_tokenizer, read_text
+from vllm_flexquant.requests.accounts import asked as asked_by_account
 
 SIGNALS = ("none", "entropy", "probe", "both", "random", "oracle")
 LENGTH = 256
@@ -145,28 +150,26 @@ class Simulation:
         """Spend `asked` nats per token on a text, `rows` sequences at a time."""
         served = signal if signal in ("none", "entropy", "both") else "probe"
         options = FlexQuantOptions(policy="budget", budget=asked, signal=served)
-        sequences = SequenceEntropy(rows, torch.device("cpu"))
-        sequences.use_kernels()
-        control = BudgetControl(
-            torch.device("cpu"), self.figures, self.listening, sequences,
-            LevelTable.without_layers(len(self.ladder)), rows,
-        )  # fmt: skip
-        control.adopt(options)
-        control.ask({0: asked}, [0])
+        table = torch.zeros(0, dtype=torch.int32)
+        state = empty_state(table, self.figures, rows, rows)
+        fill(state, **parameters(options, self.ladder.mean_bits), bounds=[2, 8])
+        fill(state, probes=served in ("probe", "both"))
+        Ledger(state).ask(asked_by_account(options.classes, asked))
+        policy, account = Budget(0), list(options.classes).index(options.default_class)
         told = needs(text, signal)
         share = np.array(self.figures["early_kl"]) / np.array(self.figures["kl"])
         places = np.arange(rows)
-        facts = np.stack([places, places, np.zeros_like(places), places])
+        facts = np.stack([places, places, np.full_like(places, account), places])
         spent: list[np.ndarray] = []
         bits, switches, last = [], 0, -1
         for start in range(0, len(told), rows):
-            sequences.forget(places.tolist())
+            state.seen[places] = False
             for position in range(told.shape[1]):
                 tokens = start + places, np.full(rows, position)
-                control.begin(facts, (2, 8), len(self.ladder) - 1)
+                policy.begin(state, StepFacts(facts, (position,) * rows))
                 if served in ("probe", "both"):
-                    control.decide(told[tokens])
-                first, later = control.first.level.item(), control.later.level.item()
+                    policy.decide(state, told[tokens])
+                first, later = state.decisions[[FIRST, LATER], 0].tolist()
                 log_kl = np.log(np.maximum(text.kl, 1e-9))
                 early = np.exp(text.at(log_kl, self.bits[first], tokens))
                 late = np.exp(text.at(log_kl, self.bits[later], tokens))
@@ -175,8 +178,10 @@ class Simulation:
                 switches += later != last
                 last = later
                 entropy = text.at(text.entropy, self.bits[later], tokens).astype(np.float32)
-                sequences.update(entropy, places, options.entropy_decay)
-                control.book(entropy)
+                average, seen = state.average[places], state.seen[places]
+                state.average[places] = averaged(average, seen, entropy, options.entropy_decay)
+                state.seen[places] = True
+                policy.book(state, entropy)
         kl = np.concatenate(spent)
         return {
             "kl": float(kl.mean()),

@@ -114,7 +114,7 @@ class Measured:
     def adopt(self, changes: dict[str, Any]) -> None:
         """Take up a policy, with an account of its own."""
         for change in ({"policy": "budget", "budget": 1.0}, changes):
-            if reason := self.call("flexquant_update", change):
+            if reason := self.call("flexquant_change", change):
                 raise SystemExit(f"the engine refused {change}: {reason}")
 
     def change_of_text(self, everything: Sequence[TokenSequence], rows: int) -> dict[str, Any]:
@@ -141,12 +141,12 @@ class Measured:
     def run(self, changes: dict[str, Any], name: str, text: str, rows: int) -> dict[str, Any]:
         """Decode one text under a policy."""
         self.adopt(changes)
-        self.call("flexquant_trace", True)
+        self.call("flexquant_records", True)
         sequences = self.texts[text]
         if rows == 1:
             sequences = sequences[: -(-len(sequences) // 2)]  # one at a time takes long
         seconds = decode(self.llm, f"{name} {text} {rows}", sequences, rows)
-        steps, status = self.call("flexquant_trace", True), self.call("flexquant_status")
+        steps, status = self.call("flexquant_records", True), self.call("flexquant_snapshot", True)
         if len(steps) >= TRACE_STEPS:
             raise SystemExit(f"more than {TRACE_STEPS} steps; use fewer --sequences")
         records = read_records(self.folder / "records.jsonl", f"{name} {text} {rows}")
@@ -266,7 +266,7 @@ def main() -> None:
         compute_references(str(options.model), everything, folder, [8], "float32")
         llm = start_engine(str(options.checkpoint), folder, options.dtype, max(options.rows))
         measured = Measured(llm, folder, texts, console)
-        status = measured.call("flexquant_status")
+        status = measured.call("flexquant_snapshot", True)
         results = {
             str(rows): measure(measured, status, rows, options.signals) for rows in options.rows
         }

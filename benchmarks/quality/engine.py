@@ -146,14 +146,14 @@ def run_engine(
     runs.append(("entropy", {"policy": "entropy"}))
     results = {}
     for name, changes in runs:
-        if reason := llm.collective_rpc("flexquant_update", args=(changes,))[0]:
+        if reason := llm.collective_rpc("flexquant_change", args=(changes,))[0]:
             raise SystemExit(f"the engine refused {changes}: {reason}")
-        llm.collective_rpc("flexquant_trace", args=(True,))
+        llm.collective_rpc("flexquant_records", args=(True,))
         seconds = decode(llm, name, sequences, options.rows)
-        steps = llm.collective_rpc("flexquant_trace", args=(True,))[-1]
+        steps = llm.collective_rpc("flexquant_records", args=(True,))[-1]
         if len(steps) >= TRACE_STEPS:
             raise SystemExit(f"more than {TRACE_STEPS} steps; use fewer --tokens")
-        status = llm.collective_rpc("flexquant_status")[-1]
+        status = llm.collective_rpc("flexquant_snapshot", args=(True,))[-1]
         records = scored(read_records(folder / "records.jsonl", name), sequences)
         results[name] = {
             "summary": summarise(records) | {"seconds": seconds},

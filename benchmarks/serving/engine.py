@@ -81,6 +81,7 @@ class Engine:
     """The engine of this process, stepped by hand."""
 
     def __init__(self, spec: EngineSpec) -> None:
+        self._counted: dict[str, float] = {}
         from vllm import LLM
         from vllm.platforms import current_platform
 
@@ -125,7 +126,7 @@ class Engine:
 
     def set_policy(self, change: dict[str, Any]) -> None:
         """As `POST /v1/flexquant`, from the next step on."""
-        if reason := self.llm.collective_rpc("flexquant_update", args=(change,))[0]:
+        if reason := self.llm.collective_rpc("flexquant_change", args=(change,))[0]:
             raise RuntimeError(f"{self.spec.name} refused {change}: {reason}")
 
     def steps(self, prompts: Sequence[Sequence[int]], tokens: int) -> Iterator[float]:
@@ -219,12 +220,16 @@ class Engine:
         """`mean_bits` of the decode steps since this was asked last; nothing without a change."""
         if change is None:
             return {}
-        counts = self.llm.collective_rpc("flexquant_metrics")[0]["counters"]
-        return {"mean_bits": counts["decode_step_bits"] / max(counts["decode_steps"], 1)}
+        counts = self.llm.collective_rpc("flexquant_snapshot", args=(True,))[0]["counters"]
+        before, self._counted = self._counted, counts
+        bits, steps = (
+            counts[name] - before.get(name, 0) for name in ("decode_step_bits", "decode_steps")
+        )
+        return {"mean_bits": bits / max(steps, 1)}
 
     def drafts(self) -> dict[str, Any]:
         """What the engine's status says of its drafts; empty where it does not speculate."""
-        return self.llm.collective_rpc("flexquant_status")[0]["speculation"] or {}
+        return self.llm.collective_rpc("flexquant_snapshot", args=(True,))[0]["speculation"] or {}
 
     def prefill(self, prompt: Sequence[int], change: dict[str, Any] | None) -> dict[str, Any]:
         """Seconds from the request to its first token, three times after one that warms."""

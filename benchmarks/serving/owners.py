@@ -137,13 +137,13 @@ def install(clock: Clock, core: Any, llm_engine: Any, runner: Any) -> None:
             clock.put_around(module, "forward", owner)
         if owner == "attention" and hasattr(module.impl, "do_kv_cache_update"):
             clock.put_around(module.impl, "do_kv_cache_update", "KV cache")
-    controller = getattr(runner.vllm_config.quant_config, "controller", None)
-    if controller is None:
+    planner = getattr(runner.vllm_config.quant_config, "planner", None)
+    if planner is None:
         return
     clock.put_around(runner, "_model_forward", "flexquant: batch facts")
-    clock.put_around(controller, "before_forward", "flexquant: decision")
-    clock.put_around(controller, "probe", "flexquant: probe")
-    clock.put_around(controller.sequences, "read", "flexquant: entropy")
+    clock.put_around(planner, "step", "flexquant: decision")
+    clock.put_around(planner, "probe", "flexquant: probe")
+    clock.put_around(planner.sequences, "read", "flexquant: entropy")
     for processor in runner.input_batch.logitsprocs.all:
         if type(processor).__module__.startswith("vllm_flexquant."):
             clock.put_around(processor, "apply", "flexquant: accounts")

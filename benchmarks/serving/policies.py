@@ -35,6 +35,7 @@ from benchmarks.serving.configurations import dtype_of
 from benchmarks.serving.engine import ENVIRON, FRESH, MAX_ROWS, Engine, EngineSpec
 from benchmarks.serving.run import PROMPT, RESULTS
 from vllm_flexquant.planner import ladder
+from vllm_flexquant.requests.accounts import class_accounts
 
 BASE = "static 8 bit"
 MACHINERY = "budget at 8 bit"
@@ -120,13 +121,13 @@ def mean_bits(
 
 def bits_now(engine: Engine) -> float:
     """Mean bits of the step that ran last."""
-    table = controller(engine).table
+    table = planner(engine).table
     return ladder.mean_bits(table.layers, table.widths.tolist())
 
 
-def controller(engine: Engine) -> Any:
+def planner(engine: Engine) -> Any:
     """Of the engine's worker, which is in this process."""
-    return engine.runner.vllm_config.quant_config.controller
+    return engine.runner.vllm_config.quant_config.planner
 
 
 def measure_classes(
@@ -153,7 +154,8 @@ def measure_classes(
             use(engine, budget("probe", CLASS_BUDGET))
             wanted = [name for name, n in mixes[index].items() for _ in range(n)]
             seconds, bits = run_classes(engine, prompts, wanted, tokens)
-            accounts = controller(engine).status()["budget"]["classes"]
+            options = planner(engine).options
+            accounts = planner(engine).ledger.view(class_accounts(options.classes))["classes"]
             found[index]["step_seconds"].append(median(seconds))
             found[index] |= {
                 "mean_bits": sum(bits) / len(bits),
@@ -182,7 +184,7 @@ def run_classes(
     while inner.has_unfinished_requests():
         began = time.perf_counter()
         inner.step()
-        if not any(controller(engine).batch.prompt):
+        if not any(planner(engine).batch.prompt):
             seconds.append(time.perf_counter() - began)
             bits.append(bits_now(engine))
     return seconds, bits
@@ -242,7 +244,7 @@ def run_load(
         began = time.perf_counter()
         inner.step()
         ended = time.perf_counter()
-        batch = controller(engine).batch
+        batch = planner(engine).batch
         steps.append(
             {
                 "seconds": ended - began,
@@ -345,7 +347,7 @@ def main() -> None:
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     prompts = [ids[i * PROMPT : (i + 1) * PROMPT] for i in range(MAX_ROWS)]
     engine = Engine(EngineSpec("flexquant", str(options.checkpoint), dtype_of("flexquant")))
-    ladder_kl = controller(engine).ladder.kl_nats
+    ladder_kl = planner(engine).model.ladder.kl_nats
     if ladder_kl is None:
         raise SystemExit(f"{options.checkpoint} is not calibrated; quantize with calibration")
     policies = policies_of(ladder_kl)

@@ -66,8 +66,8 @@ class SpeculatingEngine(Engine):
             )
         )
         self.most = most
-        self.controller = self.runner.vllm_config.quant_config.controller
-        self.speculation = self.controller.speculation
+        self.planner = self.runner.vllm_config.quant_config.planner
+        self.speculation = self.runner.drafter.speculation
         if self.speculation is None:
             raise SystemExit(f"{model} was started without self-speculation; is it flexquant's?")
         # by name: no update goes back to what was not named
@@ -87,8 +87,8 @@ class SpeculatingEngine(Engine):
         control.times = {}
         if learned is not None and learned not in self._learned:
             # any other drafts: an update that changes nothing forgets nothing
-            self.set_policy({"draft_width": self.controller.options.layout.widths[0]})
-            self.set_policy({"draft_level": len(self.controller.ladder) - 1})
+            self.set_policy({"draft_width": self.planner.options.layout.widths[0]})
+            self.set_policy({"draft_level": len(self.planner.model.ladder) - 1})
         self.set_policy(options)
         if learned is None:
             return
@@ -246,7 +246,7 @@ class SpeculatingEngine(Engine):
             now = self.speculation.counts.verified
             steps.append({"tokens": crowd.given[name] - had, "drafted": now > verified})
             verified = now
-        traced = self.llm.collective_rpc("flexquant_drafts_trace")[0]
+        traced = self.llm.collective_rpc("flexquant_drafts")[0]
         return with_drafts(steps, [e for e in traced if e["request"].startswith(f"{name}-")])
 
     def facts(self) -> dict[str, Any]:

@@ -58,14 +58,14 @@ def drafts_of(
 ) -> dict[str, dict[str, Any]]:
     """Levels and widths to draft at, as options by name; by default some of the ladder, and the
     widths that no level stands for."""
-    bits = engine.controller.ladder.mean_bits
+    bits = engine.planner.model.ladder.mean_bits
     if levels is None:
         usual = engine.usual["draft_level"]
         levels = sorted({*evenly(bits, LEVELS, MOST_BITS), *(() if usual is None else (usual,))})
     if widths is None:
-        found = [set(engine.controller.rung(n).tolist()) for n in levels]
+        found = [set(engine.planner.state.rungs[n].tolist()) for n in levels]
         uniform = {min(of_layers) for of_layers in found if len(of_layers) == 1}
-        widths = [w for w in engine.controller.options.layout.widths[:-1] if w not in uniform]
+        widths = [w for w in engine.planner.options.layout.widths[:-1] if w not in uniform]
     return {f"level {n}": {"draft_level": n} for n in levels} | {
         f"width {w}": {"draft_width": w} for w in widths
     }

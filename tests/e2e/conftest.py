@@ -115,9 +115,9 @@ def fresh(engine: Any) -> Any:
         "hysteresis": 0.05,
         "dwell": 1,
     }
-    assert engine.collective_rpc("flexquant_update", args=(defaults,)) == [""]
+    assert engine.collective_rpc("flexquant_change", args=(defaults,)) == [""]
     engine.reset_prefix_cache()
-    engine.collective_rpc("flexquant_trace", args=(True,))
+    engine.collective_rpc("flexquant_records", args=(True,))
     return engine
 
 

@@ -16,7 +16,7 @@ def tokens(outputs):
 
 
 def pin(llm, **changes):
-    assert set(llm.collective_rpc("flexquant_update", args=(changes,))) == {""}
+    assert set(llm.collective_rpc("flexquant_change", args=(changes,))) == {""}
 
 
 def folder_with_tokenizer(folder, model):

@@ -20,14 +20,19 @@ def ranks_draft_the_same(llm, greedy_tokens):
     plain = tokens(llm.generate(PROMPTS, greedy_tokens))
     pin(llm, speculate=3, draft_gate="fixed")
     drafted = tokens(llm.generate(PROMPTS, greedy_tokens))
-    first, second = (s["speculation"] for s in llm.collective_rpc("flexquant_status"))
+    first, second = (
+        s["speculation"] for s in llm.collective_rpc("flexquant_snapshot", args=(True,))
+    )
     assert drafted == plain
     assert first["drafted"][0] > 0
     assert (first["drafted"], first["accepted"]) == (second["drafted"], second["accepted"])
     # with clocks of their own they go by costs that are the same
     pin(llm, draft_gate="gain")
     assert tokens(llm.generate(PROMPTS, greedy_tokens)) == plain
-    assert not any(s["speculation"]["cost_table"] for s in llm.collective_rpc("flexquant_status"))
+    assert not any(
+        s["speculation"]["cost_table"]
+        for s in llm.collective_rpc("flexquant_snapshot", args=(True,))
+    )
     pin(llm, speculate=0)
 
 
@@ -47,20 +52,21 @@ def exact_beside_others_is_as_if_pinned(llm, record):
     exact = asking(24, **{"class": "exact"})
     rungs = record.ladder.rungs
     budget = rungs[len(rungs) // 2].kl_nats + record.int8_activations[0]
-    llm.collective_rpc("flexquant_trace", args=(True,))
+    llm.collective_rpc("flexquant_records", args=(True,))
     beside = llm.generate([*PROMPTS, *PROMPTS], [exact] * 2 + [asking(48, budget=budget)] * 2)
-    traces = llm.collective_rpc("flexquant_trace", args=(True,))
+    traces = llm.collective_rpc("flexquant_records", args=(True,))
     assert traces[0] == traces[1]
     together, alone = traces[0][5:20], traces[0][-20:]
     assert [set(step["widths"]) for step in together] == [{8}] * 15
     assert all(min(step["widths"]) < 8 for step in alone)
     assert len({tuple(step["scores"]) for step in alone}) > 10
-    recorded = Trace.load(llm.collective_rpc("flexquant_steps_trace")[0])
+    recorded = Trace.load(llm.collective_rpc("flexquant_trace")[0])
     assert any(step.probed for step in recorded.steps)
     assert replay(recorded).same == len(recorded.steps) >= len(traces[0])
-    for status in llm.collective_rpc("flexquant_status"):
+    for status in llm.collective_rpc("flexquant_snapshot", args=(True,)):
         accounts = status["budget"]["classes"]
-        own = accounts[f"budget {budget:g}"]
+        [own] = status["budget"]["own"]
+        assert 0.86 * budget < own["asked_nats"] <= budget
         assert (accounts["exact"]["tokens"], own["tokens"]) == (2 * 23, 2 * 47)
         assert accounts["exact"]["booked_nats"] < own["booked_nats"] < 2 * budget
     with pytest.raises(VLLMValidationError, match=r"flexquant_class is 'golden'; .* has exact"):
@@ -98,7 +104,7 @@ def test_a_calibrated_checkpoint_brings_its_ladder_to_all_ranks(
         additional_config={"flexquant": {"policy": "budget", "speculate": 3}},
     ) as llm:
         pin(llm, speculate=0)
-        for status in llm.collective_rpc("flexquant_status"):
+        for status in llm.collective_rpc("flexquant_snapshot", args=(True,)):
             assert status["ladder"]["source"] == "KL on text.txt (greedy)"
             assert status["ladder"]["kl_nats"] == [rung.kl_nats for rung in rungs]
             assert status["ladder"]["mean_bits"] == pytest.approx([r.mean_bits for r in rungs])
@@ -110,7 +116,7 @@ def test_a_calibrated_checkpoint_brings_its_ladder_to_all_ranks(
         pin(llm, level=level)
         llm.generate(PROMPTS, greedy_tokens)
         widths = record.widths_after(rungs[level].steps)
-        for status in llm.collective_rpc("flexquant_status"):
+        for status in llm.collective_rpc("flexquant_snapshot", args=(True,)):
             found = {layer["name"]: layer["width"] for layer in status["layers"]}
             assert (
                 found["model.layers.1.self_attn.qkv_proj"]
@@ -131,7 +137,7 @@ def test_a_calibrated_checkpoint_brings_its_ladder_to_all_ranks(
         tensor_parallel_size=2,
         additional_config={"flexquant": {"policy": "static"}},
     ) as llm:
-        for status in llm.collective_rpc("flexquant_status"):
+        for status in llm.collective_rpc("flexquant_snapshot", args=(True,)):
             assert status["levels"] == level + 1
             assert status["ladder"]["kl_nats"] == [rung.kl_nats for rung in rungs[: level + 1]]
             assert sorted(layer["width"] for layer in status["layers"]) == sorted(widths.values())
@@ -194,14 +200,14 @@ def test_stages_of_a_pipeline_lose_no_request_under_a_budget(calibrated):
         counted = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
         preempted = counted["vllm:num_preemptions"]
         assert preempted > 0
-        stages = llm.collective_rpc("flexquant_status")
+        stages = llm.collective_rpc("flexquant_snapshot", args=(True,))
         assert len(stages) == 2
         names = [{layer["name"] for layer in stage["layers"]} for stage in stages]
         assert all(names)
         assert not names[0] & names[1]
         # one stage has the layer that the probe listens to; each decides its own layers
         assert [stage["budget"]["probe"] for stage in stages].count(record.probe.layer) == 1
-        for steps in llm.collective_rpc("flexquant_trace"):
+        for steps in llm.collective_rpc("flexquant_records"):
             decoding = [s for s in steps if s["request_ids"] and not any(s["prompt"])]
             assert len(decoding) > 300
             assert min(min(s["widths"]) for s in decoding) < 8

@@ -14,7 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from vllm_flexquant.cli.trace import fetch
+
 KEY = "secret"
+OPERATOR_KEY = "secret-of-the-operator"
+PATH = "/v1/flexquant"
 
 
 class Server:
@@ -23,21 +27,30 @@ class Server:
     def __init__(self, port):
         self.url = f"http://127.0.0.1:{port}"
 
-    def ask(self, path, body=None, key=KEY):
+    def ask(self, path, body=None, key=KEY, operator_key=OPERATOR_KEY):
         """(status, answer) of a GET, or of a POST of `body`."""
         data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data=data)
         request.add_header("Content-Type", "application/json")
         if key:
             request.add_header("Authorization", f"Bearer {key}")
+        if operator_key:
+            request.add_header("X-FlexQuant-Key", operator_key)
         try:
             with urllib.request.urlopen(request, timeout=120) as answer:
                 return answer.status, json.loads(answer.read() or b"null")
         except urllib.error.HTTPError as error:
             return error.code, json.loads(error.read())
 
+    def view(self):
+        """The view as it is now: a change, even of nothing, ends what was kept for a second."""
+        status, view = self.ask(PATH, {})
+        assert status == 200
+        return view
+
     def metrics(self):
         """Values of our metrics by name, as `/metrics` shows them without a key."""
+        self.view()
         with urllib.request.urlopen(self.url + "/metrics", timeout=120) as answer:
             lines = answer.read().decode().splitlines()
         named = [line.rpartition(" ") for line in lines if line.startswith("vllm:flexquant_")]
@@ -64,7 +77,12 @@ def server(smollm2, tmp_path_factory):
             command,
             stdout=stream,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"VLLM_PLUGINS": "flexquant"},
+            env=os.environ
+            | {
+                "VLLM_PLUGINS": "flexquant",
+                "VLLM_FLEXQUANT_OPERATOR_KEY": OPERATOR_KEY,
+                "VLLM_FLEXQUANT_TRACE_STEPS": "200",
+            },
             start_new_session=True,
         )
     made = Server(port)
@@ -93,24 +111,28 @@ def test_one_line_says_what_is_in_force(server):
 
 
 def test_the_operator_sees_and_changes_the_policy(server):
-    assert server.chat()[0] == 200
-    status, view = server.ask("/v1/flexquant")
-    assert status == 200
+    with ThreadPoolExecutor(1) as pool:
+        chat, seen = pool.submit(server.chat, 300, ignore_eos=True), []
+        while not chat.done():
+            seen += server.ask(PATH)[1]["requests"]
+            time.sleep(0.2)
+        assert chat.result()[0] == 200
+    assert any(request["entropy_nats"] for request in seen)
+    view = server.view()
     assert len(view["layers"]) == 121
     assert view["options"]["policy"] == "entropy"
     assert {"name", "width", "kernel", "why"} <= view["layers"][0].keys()
-    assert view["entropy_nats"]
-    status, view = server.ask("/v1/flexquant", {"width": 6})
-    assert status == 200
+    assert server.ask(PATH, {"width": 6})[0] == 200
+    assert server.chat()[0] == 200
+    view = server.view()
     assert {layer["width"] for layer in view["layers"]} == {6}
     assert view["mean_bits"] == 6
-    assert server.chat()[0] == 200
-    assert server.ask("/v1/flexquant", {"policy": "entropy"})[1]["options"]["width"] is None
-    assert server.ask("/v1/flexquant?trace=1")[1]["trace"][-1]["widths"]
+    assert server.ask(PATH, {"policy": "entropy"})[1]["options"]["width"] is None
+    assert server.ask(f"{PATH}?trace=1")[1]["trace"][-1]["widths"]
 
 
 def test_metrics_follow_the_steps(server):
-    server.ask("/v1/flexquant", {"width": 6})
+    server.ask(PATH, {"width": 6})
     before = server.metrics()
     assert server.chat(20, ignore_eos=True)[0] == 200
     after = server.metrics()
@@ -121,21 +143,33 @@ def test_metrics_follow_the_steps(server):
     assert steps == 19  # the first token comes of the prompt
     assert bits == pytest.approx(6 * steps)  # a difference of sums
     assert after["vllm:flexquant_mean_bits"] == 6
-    assert after["vllm:flexquant_entropy_nats"] > 0
     assert after["vllm:flexquant_unknown_rows_total"] == 0
-    server.ask("/v1/flexquant", {"policy": "entropy"})
+    server.ask(PATH, {"policy": "entropy"})
 
 
-def test_the_api_key_guards_it(server):
-    assert server.ask("/v1/flexquant", key=None)[0] == 401
-    assert server.ask("/v1/flexquant", {"width": 6}, key="wrong")[0] == 401
+def test_two_keys_guard_it(server, tmp_path):
+    assert server.ask(PATH, key=None)[0] == 401
+    assert server.ask(PATH, {"width": 6}, key="wrong")[0] == 401
+    status, view = server.ask(PATH, operator_key=None)
+    assert status == 200
+    assert "requests" not in view
+    for given in (None, KEY):
+        assert server.ask(PATH, {"width": 6}, operator_key=given)[0] == 401
+        assert server.ask(f"{PATH}?trace=1", operator_key=given)[0] == 401
+    out = tmp_path / "steps.npz"
+    with pytest.raises(ValueError, match="answers 401: this is the operator's alone"):
+        fetch(server.url, KEY, "", out)
+    assert fetch(server.url, KEY, OPERATOR_KEY, out).startswith(f"{out}: ")
+    log = server.log.read_text()
+    assert OPERATOR_KEY not in log
+    assert OPERATOR_KEY not in json.dumps(server.view())
 
 
 @pytest.mark.parametrize(
     ("body", "message"),
     [
         (b"{", "the body is not valid JSON"),
-        ([1], "the body is [1]; give an object"),
+        ([1], "the body is a list; give an object"),
         ({"policy": "guess"}, "option 'policy' is 'guess'"),
         ({"bits": 6}, "unknown option 'bits'; options that can be changed are policy"),
         ({"width": 9}, "option 'width' is 9"),
@@ -145,11 +179,11 @@ def test_the_api_key_guards_it(server):
     ],
 )
 def test_a_bad_post_is_a_400_and_changes_nothing(server, body, message):
-    before = server.ask("/v1/flexquant")[1]
-    status, answer = server.ask("/v1/flexquant", body)
+    before = server.view()["options"]
+    status, answer = server.ask(PATH, body)
     assert status == 400
     assert message in answer["error"]["message"]
-    assert server.ask("/v1/flexquant")[1] == before
+    assert server.view()["options"] == before
 
 
 def test_a_bad_request_is_a_400_and_its_neighbours_finish(server):
@@ -165,8 +199,8 @@ def test_a_bad_request_is_a_400_and_its_neighbours_finish(server):
 
 
 def test_a_floor_over_http(server):
-    server.ask("/v1/flexquant", {"width": 4})
+    server.ask(PATH, {"width": 4})
     assert server.chat(40, vllm_xargs={"flexquant_min_bits": 8}, ignore_eos=True)[0] == 200
-    trace = server.ask("/v1/flexquant?trace=1")[1]["trace"]
+    trace = server.ask(f"{PATH}?trace=1")[1]["trace"]
     assert all(set(record["widths"]) == {8} for record in trace[-40:])
-    server.ask("/v1/flexquant", {"policy": "entropy"})
+    server.ask(PATH, {"policy": "entropy"})

@@ -44,7 +44,7 @@ def engine(smollm2):
 
 
 def speculation(llm):
-    return llm.collective_rpc("flexquant_status")[0]["speculation"]
+    return llm.collective_rpc("flexquant_snapshot", args=(True,))[0]["speculation"]
 
 
 def prompts():
@@ -192,18 +192,18 @@ def test_policies_and_metrics_go_on(engine, greedy):
     """Entropies are those of the verifying step; a policy may choose its level."""
     # what is decided must not depend on what low widths save on this processor
     pin(engine, **FIXED, policy="entropy", draft_level=0, up_for_free=False)
-    engine.collective_rpc("flexquant_trace", args=(True,))
+    engine.collective_rpc("flexquant_records", args=(True,))
     engine.generate(prompts()[:2], greedy(32, ignore_eos=True))
-    steps = engine.collective_rpc("flexquant_trace", args=(True,))[0]
+    steps = engine.collective_rpc("flexquant_records", args=(True,))[0]
     decoding = [step for step in steps if not any(step["prompt"])]
     assert all(step["entropy"] and min(step["entropy"]) >= 0 for step in decoding)
     assert len({step["level"] for step in decoding}) > 1
-    found = engine.collective_rpc("flexquant_metrics")[0]
+    found = engine.collective_rpc("flexquant_snapshot", args=(True,))[0]
     assert 1 < found["gauges"]["accepted_length"] <= 5
     assert found["counters"]["speculated_steps"] > 0
     assert found["counters"]["draft_seconds"] > 0
     assert found["gauges"]["draft_mean_bits"] == pytest.approx(4)
-    drafts = engine.collective_rpc("flexquant_drafts_trace")[0]
+    drafts = engine.collective_rpc("flexquant_drafts")[0]
     assert all(len(draft["nats"]) >= draft["kept"] for draft in drafts)
     pin(engine, policy="static", up_for_free=True)
 
@@ -218,9 +218,9 @@ def test_policies_and_metrics_go_on(engine, greedy):
     ],
 )
 def test_what_cannot_be_is_refused_and_changes_nothing(engine, changes, message):
-    before = engine.collective_rpc("flexquant_status")[0]["options"]
-    assert message in engine.collective_rpc("flexquant_update", args=(changes,))[0]
-    assert engine.collective_rpc("flexquant_status")[0]["options"] == before
+    before = engine.collective_rpc("flexquant_snapshot", args=(True,))[0]["options"]
+    assert message in engine.collective_rpc("flexquant_change", args=(changes,))[0]
+    assert engine.collective_rpc("flexquant_snapshot", args=(True,))[0]["options"] == before
 
 
 def test_gain_decides_by_itself(engine, greedy):

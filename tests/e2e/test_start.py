@@ -38,7 +38,7 @@ def test_saved_checkpoint_is_recognised_and_speaks_as_the_one_quantized_at_load(
             for width in (4, 8):
                 pin(llm, width=width)
                 found[model].append(tokens(llm.generate(PROMPTS, greedy_tokens)))
-            found[model].append(llm.collective_rpc("flexquant_status")[0]["ladder"])
+            found[model].append(llm.collective_rpc("flexquant_snapshot", args=(True,))[0]["ladder"])
     assert found[saved] == found[smollm2]
 
 
@@ -88,11 +88,11 @@ def switch_often(llm, params):
             hysteresis=0.0,
             up_for_free=False,  # else it depends on the processor whether widths change
         )
-        llm.collective_rpc("flexquant_trace", args=(True,))
+        llm.collective_rpc("flexquant_records", args=(True,))
         longer = params.clone()
         longer.max_tokens = 64
         llm.generate(PROMPTS, longer)
-        steps = llm.collective_rpc("flexquant_trace")[0]
+        steps = llm.collective_rpc("flexquant_records")[0]
         changes += sum(a["widths"] != b["widths"] for a, b in itertools.pairwise(steps))
         if changes >= 200:
             return
@@ -106,7 +106,7 @@ def test_tensor_parallel_ranks_agree(smollm2, tmp_path, greedy_tokens, monkeypat
     with running_engine(model, quantization="flexquant", max_model_len=256) as llm:
         pin(llm, width=8)
         alone = tokens(llm.generate(PROMPTS, greedy_tokens))
-        whole = llm.collective_rpc("flexquant_status")[0]
+        whole = llm.collective_rpc("flexquant_snapshot", args=(True,))[0]
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     with running_engine(
         model, quantization="flexquant", max_model_len=256, tensor_parallel_size=2
@@ -114,12 +114,12 @@ def test_tensor_parallel_ranks_agree(smollm2, tmp_path, greedy_tokens, monkeypat
         pin(llm, width=8)
         found = tokens(llm.generate(PROMPTS, greedy_tokens))
         pin(llm, policy="entropy", entropy_low=0.0, entropy_high=20.0)
-        llm.collective_rpc("flexquant_trace", args=(True,))
+        llm.collective_rpc("flexquant_records", args=(True,))
         llm.generate(PROMPTS, greedy_tokens)
-        first, second = llm.collective_rpc("flexquant_trace")
+        first, second = llm.collective_rpc("flexquant_records")
         assert first == second
         assert len({record["level"] for record in first}) > 1
-        part = llm.collective_rpc("flexquant_status")[1]
+        part = llm.collective_rpc("flexquant_snapshot", args=(True,))[1]
     assert [t[0] for t in found] == [t[0] for t in alone]
     assert part["levels"] == whole["levels"]
     shapes = {layer["name"]: layer["shape"] for layer in part["layers"]}
@@ -140,7 +140,7 @@ def test_untied_output_layer_and_biases(smollm2, tmp_path, greedy_tokens):
         max_model_len=256,
         additional_config={"flexquant": {"policy": "static", "layout": "2|1|1|2|2"}},
     ) as llm:
-        view = llm.collective_rpc("flexquant_status")[0]
+        view = llm.collective_rpc("flexquant_snapshot", args=(True,))[0]
         assert [layer["name"] for layer in view["layers"]][-1] == "lm_head"
         assert view["layers"][0]["widths"] == [2, 3, 4, 6, 8]
         found["flexquant"] = tokens(llm.generate(PROMPTS, greedy_tokens))
@@ -157,7 +157,7 @@ def test_experts_and_routers_stay_unquantized_and_are_named(smollm2, tmp_path, g
         {"model_type": "qwen3_moe", "head_dim": 32, "tie_word_embeddings": False} | SHAPE | experts,
     )
     with running_engine(model, quantization="flexquant", max_model_len=256) as llm:
-        view = llm.collective_rpc("flexquant_status")[0]
+        view = llm.collective_rpc("flexquant_snapshot", args=(True,))[0]
         assert len(tokens(llm.generate(PROMPTS, greedy_tokens))[0]) == 16
     left = " ".join(view["unquantized"])
     assert "experts are not supported yet" in left
@@ -216,3 +216,24 @@ def test_damaged_checkpoints_are_refused_before_anything_starts(saved, tmp_path,
         (copy / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message), running_engine(copy):
         pass
+
+
+def test_beside_other_drafts_entropies_are_seen_and_grants_kept(smollm2, greedy):
+    """vLLM's V1 runner takes no logits processors there."""
+    ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
+    repeated = ["one two three one two three one two three one"]
+    with running_engine(
+        smollm2, quantization="flexquant", dtype="float32", speculative_config=ngram
+    ) as llm:
+        pin(llm, policy="entropy", prefill="policy", entropy_low=50.0, entropy_high=99.0)
+        found = {}
+        for name in ("balanced", "exact"):
+            llm.collective_rpc("flexquant_records", args=(True,))
+            params = greedy(24, ignore_eos=True, extra_args={"flexquant_class": name})
+            llm.generate(repeated, params)
+            found[name] = llm.collective_rpc("flexquant_records")[0]
+        assert len(found["exact"]) < 24, "nothing was drafted"
+        for steps in found.values():
+            assert all(nats is not None for step in steps for nats in step["entropy"])
+        assert {width for step in found["exact"] for width in step["widths"]} == {8}
+        assert {width for step in found["balanced"][2:] for width in step["widths"]} == {4}

@@ -89,8 +89,8 @@ def compile_counters(worker):
 
 
 def remembered_requests(worker):
-    """Requests that the plugin still holds anything for."""
-    return list(worker.vllm_config.quant_config.controller.requests)
+    """Slots of requests that the plugin still holds anything for."""
+    return list(worker.vllm_config.quant_config.planner.grants)
 
 
 def what_drafts_hold(worker):

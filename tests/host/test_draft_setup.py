@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from vllm_flexquant import plugin
-from vllm_flexquant.host import draft_setup
-from vllm_flexquant.host import sampling as logits_processor
+from vllm_flexquant.host import draft_setup, rejection
+from vllm_flexquant.host.contract import ContractError
 
 
 def created(model, speculative=None, speculate=0, **arguments):
@@ -36,12 +36,15 @@ def test_the_short_form_fills_in_what_vllm_needs(smollm2, monkeypatch):
     assert found.draft_model_config.model == str(smollm2)
     assert found.draft_sample_method == "probabilistic"
     assert config.num_lookahead_tokens == 4
-    # requests are checked by it; workers go without
-    assert config.model_config.logits_processors == [logits_processor.NAME]
-    assert draft_setup.without_processor(config).model_config.logits_processors is None
-    assert config.model_config.logits_processors == [logits_processor.NAME]
     monkeypatch.setenv("VLLM_FLEXQUANT_SPECULATE", "2")
     assert created(smollm2).speculative_config.num_speculative_tokens == 2
+
+
+def test_hf_overrides_say_how_far_to_draft_and_nothing_else_does(smollm2):
+    overrides = {"quant_method": "flexquant", "speculate": 4}
+    config = created(smollm2, speculate=2, hf_overrides={"quantization_config": overrides})
+    assert config.speculative_config.num_speculative_tokens == 4
+    assert config.quant_config.options.speculate == 4
 
 
 def test_the_long_form_is_as_good(smollm2):
@@ -83,11 +86,23 @@ def test_another_model_is_refused_where_planes_are_to_be_shared(smollm2, another
     [
         ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size is 2; set it to 1"),
         ({"enable_lora": True}, "does not draft with adapters; drop --enable-lora"),
+        (
+            {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+            "keys and values of drafts to the KV connector; drop --kv-transfer-config",
+        ),
+        (
+            {"speculative": {"disable_padded_drafter_batch": True}},
+            "disable_padded_drafter_batch is set in --speculative-config; drop it",
+        ),
     ],
 )
 def test_what_it_cannot_do_is_refused_in_one_sentence(smollm2, arguments, message):
+    arguments = dict(arguments)
+    speculative = arguments.pop("speculative", None)
+    if speculative:
+        speculative |= of_vllm(smollm2, num_speculative_tokens=2)
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the message is checked below
-        created(smollm2, speculate=2, **arguments)
+        created(smollm2, speculative, speculate=0 if speculative else 2, **arguments)
     assert message in str(error.value)
 
 
@@ -105,20 +120,20 @@ def test_the_v2_runner_is_refused(smollm2):
 
 
 def test_a_runner_that_is_not_as_expected_is_refused():
-    with pytest.raises(ValueError, match="has no drafter; drop speculation"):
+    with pytest.raises(ContractError, match=r"has no object.drafter, .* drop speculation"):
         draft_setup.put_drafter(object(), None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int32])
 def test_drafted_rows_get_the_parameters_of_their_requests(dtype):
     x, ends = torch.tensor([3, 0, 7], dtype=dtype), torch.tensor([2, 3, 3])
-    found = plugin._expanded(x, ends, 3, replace_from=0, replace_to=1)
+    found = rejection.expanded(x, ends, 3, replace_from=0, replace_to=1)
     assert found.tolist() == [3, 3, 1]
     assert found.dtype == dtype
 
 
 def test_vllm_still_drops_what_it_computes_for_drafted_rows():
-    """When this fails, `mend_rejection_sampler` can go."""
+    """When this fails, `rejection.mend` can go."""
     from vllm.platforms import current_platform
     from vllm.utils.cpu_triton_utils import _expand_kernel_impl
 

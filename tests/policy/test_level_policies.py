@@ -5,40 +5,54 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import flexquant_kernels.state as layout
+from flexquant_kernels.state import AGGREGATES
 from vllm_flexquant.options import FlexQuantOptions
-from vllm_flexquant.policy.choose import make_policy, resolve_policy
-from vllm_flexquant.policy.decision import Decision, StepSignals
-from vllm_flexquant.policy.entropy import EntropyPolicy
+from vllm_flexquant.planner.figures import without_calibration
+from vllm_flexquant.planner.state import empty_state, fill
+from vllm_flexquant.policy.choose import make_policy, parameters, resolve_policy
+from vllm_flexquant.policy.entropy import Entropy
+from vllm_flexquant.policy.protocol import FIRST, LATER, StepFacts, least_move
 
-LEVELS = 101
+LEVELS, SLOTS = 101, 8
 BITS = [4 + n / 2 for n in range(10)]
 
 
-def policy(**changes):
-    values = {
-        "low": 1.0,
-        "high": 2.0,
-        "hysteresis": 0.0,
-        "dwell": 1,
-        "aggregate": "mean",
-        "quantile": 0.5,
-    }
-    return EntropyPolicy(levels=LEVELS, **values | changes)
+def policy(hysteresis=0.0, aggregate="mean", **changes):
+    values = {"entropy_low": 1.0, "entropy_high": 2.0, "dwell": 1, "quantile": 0.5} | changes
+    move = least_move(hysteresis, LEVELS)
+    return Entropy(), values | {"aggregate": AGGREGATES.index(aggregate), "least_move": move}
 
 
-def decide(chosen, entropies, known=None, level=0, held=0, position=None):
+def of_options(levels=BITS, **options):
+    made = FlexQuantOptions(**options)
+    return make_policy(made.policy, 0), parameters(made, levels)
+
+
+def decide(
+    chosen, entropies, known=None, level=0, held=0, position=None, levels=LEVELS, ceiling=None
+):
     """In NumPy and in torch, which must agree."""
+    made, values = chosen
     found = set()
-    for make in (np.array, torch.tensor):
-        kind = np if make is np.array else torch
-        entropy = make(entropies, dtype=kind.float32)
-        seen = make([True] * len(entropies) if known is None else known)
-        at = make(position or [0] * len(entropies), dtype=kind.int64)
-        last = Decision(*(make([n], dtype=kind.int32) for n in (level, held)))
-        decision = chosen.decide(StepSignals(entropy, seen, at), last)
-        assert decision.level.dtype == kind.int32
-        assert decision.level.shape == (1,)
-        found.add((decision.level.item(), decision.held.item()))
+    for view in (torch.Tensor.numpy, lambda tensor: tensor):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(layout, "view", view)
+            table = torch.zeros(0, dtype=torch.int32)
+            cost = np.linspace(0.5, 1, levels).tolist()
+            state = empty_state(table, without_calibration(cost), SLOTS, rows=SLOTS)
+        slots = list(range(len(entropies)))
+        fill(state, **values, ceiling=levels - 1 if ceiling is None else ceiling)
+        state.tensor("average")[slots] = torch.tensor(entropies, dtype=torch.float32)
+        seen = [True] * len(slots) if known is None else known
+        state.tensor("seen")[slots] = torch.tensor(seen, dtype=torch.bool)
+        fill(state, decisions=[[level, held]] * 3)
+        facts = view(torch.tensor([slots] * 4, dtype=torch.int64))
+        made.begin(state, StepFacts(facts, position or [0] * len(slots)))
+        assert state.tensor("decisions").dtype == torch.int32
+        decisions = state.tensor("decisions").tolist()
+        assert decisions[FIRST] == decisions[LATER]
+        found.add(tuple(decisions[FIRST]))
     [decided] = found
     return decided
 
@@ -56,11 +70,12 @@ def test_aggregates():
     assert decide(policy(aggregate="quantile", quantile=0.0), batch, level=5)[0] == 0
 
 
-@pytest.mark.parametrize("aggregate", ["mean", "quantile", "max"])
+@pytest.mark.parametrize("aggregate", AGGREGATES)
 def test_rows_never_seen_do_not_count(aggregate):
     chosen = policy(aggregate=aggregate)
     assert decide(chosen, [1.5, 9.0], known=[True, False])[0] == 50
     assert decide(chosen, [9.0, 9.0], known=[False, False], level=33)[0] == 33
+    assert decide(chosen, [], level=33)[0] == 33
 
 
 @pytest.mark.parametrize("aggregate", ["mean", "max"])
@@ -79,10 +94,23 @@ def test_hysteresis_and_dwell_hold_the_level():
     assert decide(patient, [2.0], level=0, held=2) == (100, 0)
 
 
+@pytest.mark.parametrize(
+    "chosen",
+    [policy(), of_options([4.0] * LEVELS, policy="static")],
+    ids=["entropy", "static"],
+)
+def test_steps_without_a_change_are_counted_up_to_a_limit(chosen):
+    """An int32 would wrap after 2**31 of them, and the level be frozen."""
+    most = 2**30
+    assert decide(chosen, [2.0], level=100, held=most - 1) == (100, most)
+    assert decide(chosen, [2.0], level=100, held=most) == (100, most)
+    assert decide(chosen, [2.0], level=3, held=most) == (100, 0)
+
+
 @given(
     st.lists(st.floats(0, 12), min_size=1, max_size=8),
     st.integers(0, LEVELS - 1),
-    st.sampled_from(["mean", "quantile", "max"]),
+    st.sampled_from(AGGREGATES),
 )
 def test_level_stays_on_the_ladder_and_follows_the_entropy(entropies, level, aggregate):
     chosen = policy(aggregate=aggregate)
@@ -92,24 +120,41 @@ def test_level_stays_on_the_ladder_and_follows_the_entropy(entropies, level, agg
     assert higher >= result
 
 
+@pytest.mark.parametrize(
+    ("chosen", "level"),
+    [
+        (policy(), 30),
+        (of_options([4.0] * LEVELS, policy="static"), 30),
+        (of_options([4.0] * LEVELS, policy="progressive"), 30),
+        (of_options([4.0] * LEVELS, policy="load", target_ms=1), 30),
+    ],
+    ids=["entropy", "static", "progressive", "load"],
+)
+def test_nothing_runs_above_the_ceiling(chosen, level):
+    assert decide(chosen, [9.0], level=60, ceiling=30)[0] == level
+    assert decide(chosen, [9.0], level=60)[0] == LEVELS - 1
+
+
 def test_policies_from_options():
-    top = make_policy(FlexQuantOptions(policy="static"), BITS)
-    assert decide(top, [0.0], level=2)[0] == 9
-    assert decide(make_policy(FlexQuantOptions(policy="manual", level=4), BITS), [9.0])[0] == 4
+    top = of_options(policy="static")
+    assert decide(top, [0.0], level=2, levels=10)[0] == 9
+    assert decide(of_options(policy="manual", level=4), [9.0], levels=10)[0] == 4
     with pytest.raises(ValueError, match="level 10 is not on the ladder, which has levels 0 to 9"):
-        make_policy(FlexQuantOptions(policy="manual", level=10), BITS)
+        of_options(policy="manual", level=10)
 
 
 def test_progressive_lowers_the_level_as_the_youngest_answer_grows():
-    options = FlexQuantOptions(
+    chosen = of_options(
         policy="progressive", progressive_full=10, progressive_tokens=100, progressive_bits=4.9
     )
-    chosen = make_policy(options, BITS)
-    levels = [decide(chosen, [0.0], position=[at], level=3)[0] for at in range(0, 200, 5)]
+    levels = [
+        decide(chosen, [0.0], position=[at], level=3, levels=10)[0] for at in range(0, 200, 5)
+    ]
     assert levels[:3] == [9, 9, 9]
     assert levels == sorted(levels, reverse=True)
     assert levels[-1] == levels[23] == 2  # 5 bits
-    assert decide(chosen, [0.0, 0.0], position=[500, 0])[0] == 9
+    assert decide(chosen, [0.0, 0.0], position=[500, 0], levels=10)[0] == 9
+    assert decide(chosen, [], level=4, levels=10)[0] == 4
 
 
 def test_auto_is_the_budget_where_kl_is_known_and_entropy_elsewhere():

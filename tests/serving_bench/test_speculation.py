@@ -23,7 +23,7 @@ from benchmarks.serving.kinds import FILES, Prompt, in_turn, make_prompts, of_ro
 from benchmarks.serving.speculating import Run, with_drafts
 from benchmarks.serving.speculation import read_options, show
 from benchmarks.serving.speculation_plot import positions, write_pictures
-from vllm_flexquant.speculation.drafts import DraftCounts
+from vllm_flexquant.speculation.control import DraftCounts
 from vllm_flexquant.speculation.gate import expected_speedup
 
 

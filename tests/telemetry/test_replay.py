@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Record a controller's steps, and decide them again from the file."""
+"""Record a planner's steps, and decide them again from the file."""
 
 import time
 
 import numpy as np
 import pytest
 import torch
+from by_hand import batch, calibrated, planner, start, telemetry
 
-from tests.planner.test_budget_control import batch, controller
 from vllm_flexquant.telemetry.replay import replay
 from vllm_flexquant.telemetry.steps import SNAPSHOT_STEPS, Trace
 
@@ -26,8 +26,8 @@ def clock(monkeypatch):
     monkeypatch.setattr(time, "perf_counter", tick)
 
 
-def drive(made, steps, seed=0):
-    """Requests that come, change class and go, at random."""
+def drive(made, steps, seed=0, often=0.05):
+    """Requests that come, change class and go, at random; `often`, a sequence has prompt tokens."""
     pick = np.random.default_rng(seed)
     wishes = [
         None,
@@ -35,69 +35,98 @@ def drive(made, steps, seed=0):
         {"flexquant_class": "exact"},
         {"flexquant_budget": 0.05},
         {"flexquant_budget": 0.02},
+        {"flexquant_min_bits": 6},
     ]
     for n in range(steps):
         ids = sorted(pick.choice(list("abcdef"), size=pick.integers(1, 5), replace=False))
         if pick.random() < 0.1:
             slot = ord(ids[0]) - ord("a")
-            made.admit(slot, wishes[pick.integers(len(wishes))])
-            made.sequences.forget([slot])
-        prompt = [bool(pick.random() < 0.05) for _ in ids]
-        made.before_forward(batch(ids, prompt=prompt)._replace(positions=[n % 60] * len(ids)))
+            made.ended(slot)
+            start(made, slot, wishes[pick.integers(len(wishes))])
+        prompt = [bool(pick.random() < often) for _ in ids]
+        made.step(batch(ids, prompt=prompt)._replace(positions=[n % 60] * len(ids)))
         logs = 0.6 * pick.standard_normal(len(ids))
         made.probe(torch.tensor([[v, 0.0, 0.0, 0.0] for v in logs], dtype=torch.float32))
         heat = torch.tensor(0.5 + 4 * pick.random(len(ids)), dtype=torch.float32)
-        made.after_logits(torch.linspace(0, 9, 40) / heat[:, None])
+        logits = torch.linspace(0, 9, 40) / heat[:, None]
+        if n % 10 == 3:  # drafts were verified beside
+            slots = torch.tensor(made.batch.slots)
+            made.logits(torch.cat([logits, logits]), torch.cat([slots, slots]), drafted=True)
+        elif n % 10 != 7:  # else they were computed elsewhere
+            made.logits(logits)
 
 
-def recorded(steps=300, capacity=1000, **options):
-    made = controller(trace_steps=capacity, **options)
-    drive(made, steps)
-    return made, Trace.load(made.steps_trace())
+def recorded(steps=300, capacity=1000, often=0.05, **options):
+    made = calibrated(trace_steps=capacity, **options)
+    told = telemetry(made)
+    drive(made, steps, often=often)
+    return made, told, load(told)
 
 
+def load(told):
+    return Trace.load(told.recorder.trace().dump())
+
+
+@pytest.mark.parametrize("often", [0.05, 0.7], ids=["decoding", "prompts"])
 @pytest.mark.parametrize(
     "options",
     [
         {},
         {"signal": "both", "hysteresis": 0.1, "dwell": 2, "aggregate": "max"},
         {"signal": "entropy", "prefill": "policy"},
+        {"signal": "none", "aggregate": "quantile", "up_for_free": True},
         {"policy": "entropy", "hysteresis": 0.05, "entropy_low": 2.0, "entropy_high": 3.5},
         {"policy": "progressive", "progressive_tokens": 20},
         {"policy": "load", "target_ms": 0.5},
         {"target_ms": 0.5},
+        {"target_ms": 0.5, "rank_first": "budget"},
+        {"policy": "static", "level": 5},
+        {"policy": "manual", "width": 6},
     ],
+    ids=str,
 )
-def test_the_recorded_decisions_are_reproduced_exactly(options):
-    _, trace = recorded(**options)
+def test_the_recorded_decisions_are_reproduced_exactly(options, often):
+    made, _, trace = recorded(often=often, **options)
     found = replay(trace)
     assert found.same == len(trace.steps) == 300
     assert found.level.tolist() == [step.level for step in trace.steps]
-    assert len(set(found.level.tolist())) > 1
+    assert found.first.tolist() == [step.first for step in trace.steps]
+    decoded = [len(step.average) > 0 for step in trace.steps]
+    assert any(decoded)
+    assert all(decoded) == (often < 0.1) or sum(decoded) > 290
+    if not made.policy.pinned and often < 0.1:
+        assert len(set(found.level.tolist())) > 1
+    if made.policy.books:
+        tokens = float(made.state.tokens.sum())
+        assert found.booked_nats == pytest.approx(float(made.state.spent.sum()) / tokens)
 
 
-def test_a_trace_is_bounded_and_begins_where_the_state_is_known():
-    made, trace = recorded(steps=900, capacity=400)
+@pytest.mark.parametrize("policy", ["budget", "entropy"])
+def test_a_trace_is_bounded_and_begins_where_the_state_is_known(policy):
+    made, told, trace = recorded(steps=900, capacity=400, policy=policy, entropy_low=2.0)
     assert 300 <= len(trace.steps) <= 400
     assert replay(trace).same == len(trace.steps)
-    small = len(made.steps_trace())
+    small = len(told.recorder.trace().dump())
     drive(made, 900, seed=1)
-    assert len(made.steps_trace()) < 1.2 * small
-    _, long = recorded(steps=3 * SNAPSHOT_STEPS, capacity=2 * SNAPSHOT_STEPS)
+    assert len(told.recorder.trace().dump()) < 1.2 * small
+    _, _, long = recorded(steps=3 * SNAPSHOT_STEPS, capacity=2 * SNAPSHOT_STEPS)
     assert replay(long).same == len(long.steps)
 
 
-def test_a_change_of_policy_begins_a_new_trace():
-    made, _ = recorded()
-    made.update({"budget": 0.08})
+@pytest.mark.parametrize(
+    "changes", [{"budget": 0.08}, {"policy": "entropy"}, {"dwell": 3}], ids=str
+)
+def test_a_change_of_policy_begins_a_new_trace(changes):
+    made, told, _ = recorded()
+    made.change(changes)
     drive(made, 50, seed=2)
-    trace = Trace.load(made.steps_trace())
+    trace = load(told)
     assert len(trace.steps) == 50
     assert replay(trace).same == 50
 
 
 def test_other_policies_on_the_same_trace():
-    _, trace = recorded()
+    _, _, trace = recorded()
     strict, lax = (replay(trace, {"budget": b}).summary() for b in ("0.005", "0.12"))
     assert strict["booked_nats"] < replay(trace).booked_nats < lax["booked_nats"]
     assert strict["bytes_over_best"] > lax["bytes_over_best"]
@@ -106,8 +135,22 @@ def test_other_policies_on_the_same_trace():
     assert replay(trace, {"policy": "entropy"}).booked_nats is None
 
 
+def test_without_calibration_there_is_a_trace_too():
+    made = planner(trace_steps=20, entropy_low=2.0)
+    told = telemetry(made)
+    for heat in range(1, 15):
+        made.step(batch("a"))
+        made.logits(torch.linspace(0, 9, 40)[None] / heat)
+    trace = load(told)
+    found = replay(trace)
+    assert found.same == 14
+    assert len(set(found.level.tolist())) > 1
+    with pytest.raises(ValueError, match="needs a calibrated checkpoint"):
+        replay(trace, {"policy": "budget"})
+
+
 def test_what_a_trace_does_not_hold_is_said():
-    _, trace = recorded(signal="none")
+    _, _, trace = recorded(signal="none")
     assert replay(trace).same == 300
     with pytest.raises(ValueError, match="the trace has no scores of the probe"):
         replay(trace, {"signal": "probe"})
@@ -116,14 +159,15 @@ def test_what_a_trace_does_not_hold_is_said():
     with pytest.raises(ValueError, match=r"here\.npz is no trace of flexquant"):
         Trace.load(b"PK nothing", "here.npz")
     trace.header["format"] = 9
-    with pytest.raises(ValueError, match="has format 9 and this version reads 1"):
+    with pytest.raises(ValueError, match="has format 9 and this version reads 2"):
         Trace.load(trace.dump())
 
 
 def test_nothing_is_recorded_unless_asked_for():
-    with pytest.raises(ValueError, match="no steps are recorded; start the server with trace_step"):
-        controller().steps_trace()
-    made = controller(trace_steps=10)
-    made.update({"width": 4})
-    with pytest.raises(ValueError, match="policy manual decides nothing"):
-        made.steps_trace()
+    assert telemetry(calibrated()).recorder is None
+    made, told, _ = recorded(steps=5)
+    assert len(told.recorder.views(clear=True)) == 5
+    assert told.recorder.views() == []
+    assert load(told).steps == []
+    drive(made, 3, seed=4)
+    assert replay(load(told)).same == len(told.recorder.views()) == 3

@@ -233,11 +233,17 @@ def trace(
     api_key: Annotated[
         str, typer.Option(envvar="VLLM_API_KEY", help="As `vllm serve --api-key`.")
     ] = "",
+    operator_key: Annotated[
+        str,
+        typer.Option(
+            envvar="VLLM_FLEXQUANT_OPERATOR_KEY", help="As set where the server was started."
+        ),
+    ] = "",
 ) -> None:
     """Fetch what a server recorded of its last steps (its option trace_steps says how many)."""
     from vllm_flexquant.cli.trace import fetch
 
-    typer.echo(fetch(url, api_key, out))
+    typer.echo(fetch(url, api_key, operator_key, out))
 
 
 @app.command()

@@ -13,20 +13,23 @@ from vllm_flexquant.telemetry.replay import replay
 from vllm_flexquant.telemetry.steps import Trace
 
 _SECONDS = 60
+OPERATOR_HEADER = "X-FlexQuant-Key"
 
 
-def fetch(url: str, api_key: str, out: Path) -> str:
+def fetch(url: str, api_key: str, operator_key: str, out: Path) -> str:
     """Write a server's trace to `out`; returns a line about it.
 
     Raises:
-        ValueError: no server answers there, or it refuses.
+        ValueError: no server answers there, or it refuses; or a key that no header can hold.
     """
     address = f"{url.rstrip('/')}/v1/flexquant/trace"
     if not address.startswith(("http://", "https://")):
         raise ValueError(f"--url is {url!r}; give http://HOST:PORT")
     request = urllib.request.Request(address)
     if api_key:
-        request.add_header("Authorization", f"Bearer {api_key}")
+        request.add_unredirected_header("Authorization", _header("--api-key", f"Bearer {api_key}"))
+    if operator_key:
+        request.add_unredirected_header(OPERATOR_HEADER, _header("--operator-key", operator_key))
     try:
         with urllib.request.urlopen(request, timeout=_SECONDS) as answer:
             content = answer.read()
@@ -41,11 +44,17 @@ def fetch(url: str, api_key: str, out: Path) -> str:
     return f"{out}: {len(trace.steps)} steps, {len(content) / 1e3:.0f} kB"
 
 
+def _header(option: str, value: str) -> str:
+    if not (value.isascii() and value.isprintable()):
+        raise ValueError(f"{option} has a character that no header can hold; give the key alone")
+    return value
+
+
 def _reason(error: urllib.error.HTTPError) -> str:
     try:
         return json.loads(error.read())["error"]["message"]
     except (ValueError, KeyError, TypeError):
-        return "is it a vLLM server with VLLM_PLUGINS=flexquant, and the key right?"
+        return "is it a vLLM server with VLLM_PLUGINS=flexquant, and --api-key right?"
 
 
 def replayed(recorded: Path, changes: Sequence[str], as_json: bool) -> Iterator[str]:

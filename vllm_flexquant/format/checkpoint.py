@@ -242,3 +242,9 @@ def read_sidecar(folder: Path) -> dict[str, Any]:
         return dict(json.loads(file.read_text()))
     except ValueError:
         raise ValueError(f"{SIDECAR} is not valid JSON; copy it again") from None
+
+
+def parts_of(name: str, fused: Mapping[str, Sequence[str]]) -> list[str]:
+    """The layers of the checkpoint that vLLM fuses into its layer `name`, itself if none."""
+    path, _, last = name.rpartition(".")
+    return [f"{path}.{part}".lstrip(".") for part in fused.get(last, [last])]

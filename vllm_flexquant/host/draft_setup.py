@@ -5,18 +5,30 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from copy import copy
 from typing import TYPE_CHECKING, Any
 
+from vllm_flexquant.host import contract, rejection
 from vllm_flexquant.options import METHOD, FlexQuantOptions
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
-    from vllm_flexquant.planner.planner import Controller
+    from vllm_flexquant.planner.planner import Planner
+    from vllm_flexquant.speculation.control import SelfSpeculation
 
 DRAFT_MODEL = "draft_model"
 """vLLM's name of the method by which a second model drafts."""
+
+_READ = (
+    "drafter",
+    "attn_groups",
+    "discard_request_mask.np",
+    "input_batch.num_reqs",
+    "input_batch.req_ids",
+    "input_batch.spec_token_ids",
+    "input_batch.block_table.block_tables",
+)
+"""What the drafter reads of a runner."""
 
 
 def speculative_config(
@@ -105,6 +117,17 @@ def check_engine(config: VllmConfig) -> None:
             "drafts by host decisions, which asynchronous scheduling does not wait for",
             "give --no-async-scheduling",
         ),
+        (
+            config.speculative_config.disable_padded_drafter_batch,
+            "counts the drafts that were kept by vLLM's padded batches, and "
+            "disable_padded_drafter_batch is set in --speculative-config",
+            "drop it",
+        ),
+        (
+            config.kv_transfer_config is not None,
+            "would hand keys and values of drafts to the KV connector",
+            "drop --kv-transfer-config",
+        ),
         (config.lora_config is not None, "does not draft with adapters", "drop --enable-lora"),
         (
             model.is_multimodal_model,
@@ -123,57 +146,36 @@ def check_engine(config: VllmConfig) -> None:
             raise ValueError(f"{METHOD}: self-speculation {why}; {remedy}, or drop speculation")
 
 
-def without_processor(vllm_config: VllmConfig) -> VllmConfig:
-    """The configuration for a worker: ours is not among its logits processors.
-
-    The front end checks requests by it; in a worker vLLM's V1 runner refuses any beside
-    speculation.
-    """
-    from vllm_flexquant.host import sampling as logits_processor
-
-    model = copy(vllm_config.model_config)
-    named = model.logits_processors or ()
-    model.logits_processors = [name for name in named if name != logits_processor.NAME] or None
-    changed = copy(vllm_config)
-    changed.model_config = model
-    return changed
-
-
 def put_drafter(runner: Any, vllm_config: VllmConfig) -> None:
     """Give a model runner, made but not loaded, the drafter that shares its model.
 
     Raises:
-        ValueError: this vLLM's runner is not as the drafter knows it.
+        ContractError: this vLLM's runner is not as the drafter knows it.
     """
-    needed = ("drafter", "input_batch", "discard_request_mask", "_sample")
-    if missing := [name for name in needed if not hasattr(runner, name)]:
-        from vllm import __version__
-
-        raise ValueError(
-            f"{METHOD}: self-speculation knows the V1 model runner of vLLM 0.31 to 0.33, and that "
-            f"of {__version__} has no {missing[0]}; drop speculation or use another version"
-        )
-    from vllm_flexquant import plugin
+    why = "draft with the served model; drop speculation"
+    contract.require(runner, _READ, why)
+    for table in runner.input_batch.block_table.block_tables:
+        contract.require(table, ("num_blocks_per_row", "block_size", "block_table.gpu"), why)
     from vllm_flexquant.host.drafter import SelfDrafter
 
     if runner.device.type == "cpu":
-        plugin.mend_rejection_sampler()
-    runner.drafter = SelfDrafter(vllm_config, runner.device, runner)
+        rejection.mend()
+    contract.put(runner, "drafter", SelfDrafter(vllm_config, runner.device, runner), why)
 
 
-def start(runner: Any, controller: Controller, ranks: int) -> None:
-    """Let the drafter go by `controller`, once that has started.
+def start(runner: Any, planner: Planner, ranks: int) -> SelfSpeculation | None:
+    """Let the runner's drafter go by `planner`, once that has started; None if it has none of ours.
 
     Raises:
         ValueError: as `SelfSpeculation`.
     """
     from vllm_flexquant.host.drafter import SelfDrafter
-    from vllm_flexquant.speculation.drafts import SelfSpeculation
+    from vllm_flexquant.speculation.control import SelfSpeculation
 
-    if not isinstance(getattr(runner, "drafter", None), SelfDrafter):
-        return
-    calibration = controller.calibration
+    drafter = getattr(runner, "drafter", None)
+    if not isinstance(drafter, SelfDrafter):
+        return None
+    calibration = planner.model.calibration
     drafts = None if calibration is None else calibration.drafts
-    controller.speculation = runner.drafter.speculation = SelfSpeculation(
-        controller, controller.options, drafts, clocked=ranks == 1
-    )
+    drafter.speculation = SelfSpeculation(planner, planner.options, drafts, clocked=ranks == 1)
+    return drafter.speculation

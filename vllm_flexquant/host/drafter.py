@@ -26,7 +26,7 @@ from vllm.v1.sample.sampler import _SAMPLING_EPS
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
 if TYPE_CHECKING:
-    from vllm_flexquant.speculation.drafts import SelfSpeculation
+    from vllm_flexquant.speculation.control import SelfSpeculation
 
 
 class SelfDrafter(DraftModelProposer):

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch.nn import Parameter
@@ -25,11 +25,9 @@ from vllm_flexquant.format.layout import (
     width_at_least,
 )
 from vllm_flexquant.host.heap import trim_heap
-from vllm_flexquant.planner.table import LayerRecord, WeightError
+from vllm_flexquant.options import FlexQuantOptions
+from vllm_flexquant.planner.table import LayerRecord, PrecisionTable, WeightError
 from vllm_flexquant.quantize.rtn import quantize_rtn
-
-if TYPE_CHECKING:
-    from vllm_flexquant.host.quant_config import FlexQuantConfig
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -40,6 +38,21 @@ _SAMPLED_ROWS = 256
 """Rows per layer from which the weight error at each width is taken."""
 
 
+class LayerSource(Protocol):
+    """What a layer asks of the engine's quantization config."""
+
+    @property
+    def options(self) -> FlexQuantOptions:
+        """The options in force when the model is loaded."""
+
+    @property
+    def table(self) -> PrecisionTable:
+        """Where its entry is."""
+
+    def widths_of(self, prefix: str) -> tuple[int, ...]:
+        """The widths in bits at which it can run, ascending."""
+
+
 class FlexLinearMethod(LinearMethodBase):
     """What both sources of planes share: the end of loading, and the forward pass.
 
@@ -48,7 +61,7 @@ class FlexLinearMethod(LinearMethodBase):
     the Triton kernels also `counters`.
     """
 
-    def __init__(self, config: FlexQuantConfig, prefix: str) -> None:
+    def __init__(self, config: LayerSource, prefix: str) -> None:
         self.config = config
         self.prefix = prefix
         self.layout = config.options.layout
@@ -150,7 +163,7 @@ class FlexLinearMethod(LinearMethodBase):
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         if self.probes:
-            torch.ops.flexquant.probe(x)
+            torch.ops.flexquant.probe(x, layer.flexquant_width)
         # straight from the dict and by the overload: a third less time per call than by attributes
         parameters = layer._parameters
         if self.relaid:

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's `QuantizationConfig` for flexquant: which layer gets which method.
+"""vLLM's `QuantizationConfig` for flexquant: what an engine carries, and which layer gets which
+method.
 
-Imported by `plugin.register` in every vLLM process, so layers and kernels are imported where they
-are used.
+Imported in every vLLM process, so layers, kernels and the planner are imported where they are used.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,23 +26,19 @@ from vllm_flexquant.format.checkpoint import (
     SIDECAR,
     OutputLayer,
     StoredConfig,
-    validate_checkpoint,
+    parts_of,
 )
 from vllm_flexquant.format.layout import GROUP_SIZES, choose_group_size
 from vllm_flexquant.format.record import CalibrationRecord, read_calibration
-from vllm_flexquant.options import (
-    FORMAT_OPTIONS,
-    METHOD,
-    FlexQuantOptions,
-    options_from_environment,
-)
-from vllm_flexquant.planner.planner import Controller
+from vllm_flexquant.options import METHOD, FlexQuantOptions, Sources
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from vllm_flexquant.host.linear import FlexLinearMethod
+    from vllm_flexquant.planner.planner import Planner
     from vllm_flexquant.planner.table import PrecisionTable
+    from vllm_flexquant.requests.grant import Terms
 
 _ROUTERS = ("gate", "router", "shared_expert_gate")
 """Names of the small layers that choose experts; a wrong choice costs more than their bytes."""
@@ -47,22 +46,37 @@ _ROUTERS = ("gate", "router", "shared_expert_gate")
 
 @register_quantization_config(METHOD)
 class FlexQuantConfig(QuantizationConfig):
-    """Options in force, and the controller of the worker process that holds this object.
+    """What one engine goes by, in each of its processes.
 
-    `stored` is what a saved flexquant checkpoint says of itself, None for an unquantized one.
+    sources: of its options. stored: what a saved flexquant checkpoint says of itself, None for an
+    unquantized one. calibration: of that checkpoint, None without. tied: the output layer is the
+    embedding. model: its name or folder. rounds_activations: the kernels of the layers do, to int8.
+    left_alone: layers that stay unquantized, with the reason.
     """
 
-    def __init__(
-        self, options: FlexQuantOptions | None = None, stored: StoredConfig | None = None
-    ) -> None:
+    def __init__(self, sources: Sources | None = None, stored: StoredConfig | None = None) -> None:
         super().__init__()
-        self.options = options_from_environment() if options is None else options
+        self.sources = Sources.from_environment() if sources is None else sources
         self.stored = stored
         self.tied = False
         self.model = ""
         self.calibration: CalibrationRecord | None = None
-        self._controller: Controller | None = None
-        self._left_alone: set[str] = set()
+        self.rounds_activations = False
+        self.left_alone: set[str] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what belongs to one process."""
+        kept = dict(self.__dict__)
+        for name in ("planner", "terms"):
+            kept.pop(name, None)
+        return kept
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """The config came from another process, which may have made it for a front end here."""
+        self.__dict__.update(state)
+        from vllm_flexquant.host import admission
+
+        admission.install()
 
     # ---- vLLM's interface
 
@@ -85,12 +99,11 @@ class FlexQuantConfig(QuantizationConfig):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> FlexQuantConfig:
         """From `config.json` of a saved checkpoint, or from `--hf-overrides`."""
-        options = options_from_environment()
         if "format_version" in config:
             stored = StoredConfig.read(config)
-            return cls(options.updated(stored.options(), "config.json"), stored)
+            return cls(Sources.from_environment(stored=stored.options()), stored)
         given = {k: v for k, v in config.items() if k != "quant_method"}
-        return cls(options.updated(given, "--hf-overrides quantization_config"))
+        return cls(Sources.from_environment(overrides=given))
 
     def maybe_update_config(
         self,
@@ -98,30 +111,53 @@ class FlexQuantConfig(QuantizationConfig):
         hf_config: PretrainedConfig | None = None,
         revision: str | None = None,
     ) -> None:
-        """Learn what the model ties, and check a checkpoint on disk before anything is loaded."""
+        """Learn what the model ties, and what calibration found of a saved checkpoint."""
+        from vllm_flexquant.host import admission
+
+        admission.install()
         text_config = hf_config.get_text_config() if hf_config is not None else None
         self.tied = bool(getattr(text_config, "tie_word_embeddings", False))
         self.model = model_name
-        if self.stored is None:
-            return
-        if Path(model_name).is_dir():
-            validate_checkpoint(Path(model_name), verify=self.options.verify)
-        # a folder or a name on the hub; None where there is no such file
-        sidecar = get_hf_file_to_dict(SIDECAR, model_name, revision or "main")
-        self.calibration = read_calibration(sidecar or {})
+        if self.stored is not None:
+            sidecar = get_hf_file_to_dict(SIDECAR, model_name, revision or "main")
+            self.calibration = read_calibration(sidecar or {})
+        elif (Path(model_name) / SIDECAR).exists():
+            raise ValueError(
+                f"{model_name} is a saved flexquant checkpoint, and --hf-overrides replaces the "
+                "quantization_config that says how to read it; give options by "
+                "--additional-config instead"
+            )
 
-    def apply_options(self, changes: dict[str, Any], source: str) -> None:
-        """Options given beside the checkpoint.
+    # ---- options
+
+    @cached_property
+    def options(self) -> FlexQuantOptions:
+        """The options in force when the engine starts.
 
         Raises:
-            ValueError: unknown or bad option, or one that the saved checkpoint fixes.
+            ValueError: as `Sources.resolve`.
         """
-        if self.stored is not None and (fixed := sorted(set(changes) & set(FORMAT_OPTIONS))):
-            raise ValueError(
-                f"{source}: option '{fixed[0]}' is fixed by the saved checkpoint "
-                f"({getattr(self.options, fixed[0])}); drop it or quantize again"
-            )
-        self.options = self.options.updated(changes, source)
+        return self.sources.resolve()
+
+    def give(self, additional: Mapping[str, Any]) -> None:
+        """Options beside the checkpoint and the overrides, which win over them.
+
+        Raises:
+            ValueError: as `Sources.resolve`.
+        """
+        sources = replace(self.sources, additional={**self.sources.additional, **additional})
+        options = sources.resolve()
+        self.sources, self.options = sources, options
+        self.__dict__.pop("terms", None)
+
+    @cached_property
+    def terms(self) -> Terms:
+        """What requests of this engine get, the same in each of its processes."""
+        from vllm_flexquant.host.terms import terms_of
+
+        return terms_of(self.options, self.stored, self.calibration, self.rounds_activations)
+
+    # ---- layers
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -140,25 +176,23 @@ class FlexQuantConfig(QuantizationConfig):
         if isinstance(layer, LinearBase):
             return self._linear_method(layer, prefix) or UnquantizedLinearMethod()
         if isinstance(layer, RoutedExperts):
-            self._note_left_alone("routed experts", prefix, "experts are not supported yet")
+            self.left_alone.add(f"routed experts {prefix}: experts are not supported yet")
         return None
 
-    # ---- the worker's side
+    @cached_property
+    def planner(self) -> Planner:
+        """The planner of this worker process, made at first use, after options are final."""
+        from vllm_flexquant.planner.planner import Planner
 
-    @property
-    def controller(self) -> Controller:
-        """The controller of this process, made at first use, after options are final."""
-        if self._controller is None:
-            self._controller = Controller(self.options)
-        return self._controller
+        return Planner(self.options, self.terms)
 
     @property
     def table(self) -> PrecisionTable:
         """The precision table, allocated on the default device if no worker did so before."""
-        if self.controller.table is None:
-            self.controller.allocate(torch.get_default_device(), slots=1)
-        assert self.controller.table is not None
-        return self.controller.table
+        if self.planner.table is None:
+            self.planner.allocate(torch.get_default_device(), slots=1)
+        assert self.planner.table is not None
+        return self.planner.table
 
     def widths_of(self, prefix: str) -> tuple[int, ...]:
         """The widths in bits at which a layer can run, ascending.
@@ -168,7 +202,7 @@ class FlexQuantConfig(QuantizationConfig):
         """
         if self.stored is None:
             return self.options.layout.widths
-        parts = self._parts(prefix)
+        parts = parts_of(prefix, self.packed_modules_mapping)
         found = {self.stored.widths_of(part) for part in parts}
         if len(found) > 1:
             raise ValueError(
@@ -177,18 +211,13 @@ class FlexQuantConfig(QuantizationConfig):
             )
         return found.pop()
 
-    @property
-    def left_alone(self) -> list[str]:
-        """Layers that stay unquantized, with the reason."""
-        return sorted(self._left_alone)
-
     def _linear_method(self, layer: torch.nn.Module, prefix: str) -> FlexLinearMethod | None:
         from vllm_flexquant.host.linear import OnlineFlexLinearMethod, StoredFlexLinearMethod
 
         if self._ignored(prefix):
             return None
         if prefix.rpartition(".")[2] in _ROUTERS:
-            self._note_left_alone("router", prefix, "routers keep their precision")
+            self.left_alone.add(f"router {prefix}: routers keep their precision")
             return None
         if self.stored is not None:
             return StoredFlexLinearMethod(self, prefix)
@@ -218,8 +247,8 @@ class FlexQuantConfig(QuantizationConfig):
         if choose_group_size(columns, self.options.group_size) is not None:
             return True
         sizes = ", ".join(str(g) for g in GROUP_SIZES if g <= self.options.group_size)
-        self._note_left_alone(
-            kind, prefix, f"no group size of {sizes} divides its {columns} inputs"
+        self.left_alone.add(
+            f"{kind} {prefix}: no group size of {sizes} divides its {columns} inputs"
         )
         return False
 
@@ -228,7 +257,7 @@ class FlexQuantConfig(QuantizationConfig):
         ignore = (*self.options.ignore, *(self.stored.ignore if self.stored else ()))
         if not ignore:
             return False
-        parts = self._parts(prefix)
+        parts = parts_of(prefix, self.packed_modules_mapping)
 
         def named(name: str) -> bool:
             return any(name.strip(".") == i or name.endswith(f".{i}") for i in ignore)
@@ -243,13 +272,3 @@ class FlexQuantConfig(QuantizationConfig):
                 f"name all of {', '.join(part.rpartition('.')[2] for part in parts)} or none"
             )
         return False
-
-    def _parts(self, prefix: str) -> list[str]:
-        """Names in the checkpoint of the layers that vLLM fuses into `prefix`, or its own."""
-        path, _, last = prefix.rpartition(".")
-        return [
-            f"{path}.{part}".lstrip(".") for part in self.packed_modules_mapping.get(last, [last])
-        ]
-
-    def _note_left_alone(self, kind: str, prefix: str, why: str) -> None:
-        self._left_alone.add(f"{kind} {prefix}: {why}")

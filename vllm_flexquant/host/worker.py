@@ -1,21 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Worker classes: vLLM's own, with the controller set up around them and reachable by RPC."""
+"""Worker classes: vLLM's own, with planner, telemetry and speculation set up around them, and
+reachable by RPC."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from vllm.distributed import get_world_group
+from vllm.distributed import get_tp_group, get_world_group, tensor_model_parallel_all_reduce
 from vllm.logger import init_logger
 
 from flexquant_kernels import ops
-from vllm_flexquant.host import draft_setup
-from vllm_flexquant.host import runners as hooks
+from vllm_flexquant.host import checkpoint_files, contract, draft_setup, v1, v2
 from vllm_flexquant.host.linear import FlexLinearMethod
 from vllm_flexquant.host.quant_config import FlexQuantConfig
-from vllm_flexquant.planner import probe_op as probe
-from vllm_flexquant.planner.table import WeightError
+from vllm_flexquant.planner import probe_op
+from vllm_flexquant.planner.planner import Planner
+from vllm_flexquant.planner.table import LayerRecord, WeightError
+from vllm_flexquant.telemetry.snapshot import Snapshots
+from vllm_flexquant.telemetry.steps import Recorder
+from vllm_flexquant.telemetry.sums import Sums
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -37,14 +42,13 @@ class FlexWorkerMixin:
     vllm_config: Any
     model_runner: Any
     device: torch.device
+    local_rank: int
 
     @property
     def _config(self) -> FlexQuantConfig:
         return self.vllm_config.quant_config
 
     def init_device(self) -> None:
-        if speculates := draft_setup.drafts_itself(self.vllm_config):
-            self.vllm_config = draft_setup.without_processor(self.vllm_config)
         super().init_device()  # type: ignore[misc]
         if self.device.type == "cpu" and torch.cpu._is_amx_tile_supported():
             # Linux wants to be asked before a process uses AMX tiles. vLLM's CPU attention (0.32)
@@ -53,46 +57,61 @@ class FlexWorkerMixin:
             torch.cpu._init_amx()
         # outside of load_model, whose allocations sleep mode may discard
         scheduler = self.vllm_config.scheduler_config
-        self._config.controller.allocate(
+        self._config.planner.allocate(
             self.device, scheduler.max_num_seqs, scheduler.max_num_batched_tokens
         )
-        if speculates:
+        if draft_setup.drafts_itself(self.vllm_config):
             draft_setup.put_drafter(self.model_runner, self.vllm_config)
 
     def load_model(self, **kwargs: Any) -> None:
+        config, planner = self._config, self._config.planner
         if self.device.type == "cpu":
             ops.load_native()
+        if config.stored is not None and self.local_rank == 0:
+            checkpoint_files.check_download(
+                self.vllm_config.model_config, self.vllm_config.load_config, config.options.verify
+            )
         super().load_model(**kwargs)  # type: ignore[misc]
-        controller = self._config.controller
-        assert controller.table is not None
-        for line in self._config.left_alone:
+        for line in sorted(config.left_alone):
             logger.info("flexquant: unquantized %s", line)
-        errors = _errors_of_all_ranks(controller.table.layers)
+        errors = _errors_of_all_ranks(config.table.layers)
         if not errors:
             raise ValueError(
-                f"flexquant found no layer that it can quantize in {self._config.model}: "
-                f"{'; '.join(self._config.left_alone) or 'it has no linear layers'}; "
+                f"flexquant found no layer that it can quantize in {config.model}: "
+                f"{'; '.join(sorted(config.left_alone)) or 'it has no linear layers'}; "
                 "serve it without --quantization flexquant"
             )
-        controller.start(
-            errors,
-            self._config.calibration,
-            self._config.packed_modules_mapping,
-            get_world_group().world_size,
+        ranks = get_world_group().world_size
+        planner.start(
+            errors, config.calibration, config.packed_modules_mapping, ranks, _agreement()
         )
-        draft_setup.start(self.model_runner, controller, get_world_group().world_size)
-        self._install_probe()
-        hooks.install(self.model_runner, controller)
+        speculation = draft_setup.start(self.model_runner, planner, ranks)
+        on_v2 = hasattr(self.model_runner, "model_state")
+        if on_v2:
+            v2.install(self.model_runner, planner)
+        else:
+            v1.install(self.model_runner, planner, drafts_itself=speculation is not None)
+        self._install_probe(planner)
+        self._speculation = speculation
+        steps = planner.options.trace_steps
+        self._recorder = Recorder(planner, steps) if steps else None
+        self._snapshots = Snapshots(
+            planner,
+            Sums(planner),
+            speculation,
+            runner="V2" if on_v2 else "V1",
+            vllm=contract.vllm_version(),
+            unquantized=sorted(config.left_alone),
+        )
         self._compile()
         self._announce()
 
-    def _install_probe(self) -> None:
+    def _install_probe(self, planner: Planner) -> None:
         """Let the layer that the probe listens to call it, where this rank has that layer."""
-        controller = self._config.controller
-        listening = None if controller.budget is None else controller.budget.listening
+        listening = planner.model.listening
         if listening is None:
             return
-        probe.connect(controller)
+        probe_op.connect(planner)
         for layer in self.model_runner.model.modules():
             method = getattr(layer, "quant_method", None)
             if isinstance(method, FlexLinearMethod) and method.index == listening.layer:
@@ -120,8 +139,8 @@ class FlexWorkerMixin:
             torch.ops.flexquant.entropy(torch.zeros(1, vocabulary, device=self.device))
 
     def _announce(self) -> None:
-        status = self.flexquant_status()
-        options, layers = status["options"], status["layers"]
+        view = self.flexquant_snapshot()
+        options, layers = view["options"], view["layers"]
         kernels = sorted({layer["kernel"] for layer in layers})
         stored = sum(layer.bytes_read(layer.widths[-1]) for layer in self._config.table.layers)
         logger.info(
@@ -131,9 +150,9 @@ class FlexWorkerMixin:
             len(layers),
             options["layout"],
             stored / 1e6,
-            status["ladder"]["bytes_read_per_step"][0] / 1e6,
-            status["levels"],
-            status["ladder"]["source"],
+            view["ladder"]["bytes_read_per_step"][0] / 1e6,
+            view["levels"],
+            view["ladder"]["source"],
             options["policy"],
             options["prefill"],
             options["min_bits"],
@@ -144,43 +163,61 @@ class FlexWorkerMixin:
 
     # ---- RPC
 
-    def flexquant_status(self) -> dict[str, Any]:
-        """As `Controller.status`, with what was left unquantized."""
-        return self._config.controller.status() | {"unquantized": self._config.left_alone}
+    def flexquant_snapshot(self, fresh: bool = False) -> dict[str, Any]:
+        """As `Snapshots.take`."""
+        return self._snapshots.take(fresh)
 
-    def flexquant_update(self, changes: dict[str, Any]) -> str:
+    def flexquant_change(self, changes: dict[str, Any], apply: bool = True) -> str:
         """Change the policy; returns the reason if it was refused, else an empty text.
 
         All ranks hold the same ladder and options, so they all refuse or none does.
+
+        Args:
+            apply: False only to see whether it would be refused.
         """
         try:
-            self._config.controller.update(changes)
+            self._config.planner.change(changes, apply)
         except ValueError as error:
             return str(error)
         return ""
 
-    def flexquant_metrics(self) -> dict[str, Any]:
-        """As `Controller.metrics`."""
-        return self._config.controller.metrics()
+    def flexquant_records(self, clear: bool = False) -> list[dict[str, Any]]:
+        """The last `trace_steps` steps, oldest first."""
+        return [] if self._recorder is None else self._recorder.views(clear)
 
-    def flexquant_trace(self, clear: bool = False) -> list[dict[str, Any]]:
-        """As `Controller.trace`."""
-        return self._config.controller.trace(clear)
+    def flexquant_trace(self) -> bytes | str:
+        """The last `trace_steps` steps as the content of a file that `flexquant replay` reads; the
+        reason as text if there is none."""
+        planner = self._config.planner
+        if self._recorder is None:
+            return "no steps are recorded; start the server with trace_steps, say 10000"
+        if planner.policy.pinned:
+            return f"policy {planner.options.policy} decides nothing; choose another one"
+        return self._recorder.trace().dump()
 
-    def flexquant_drafts_trace(self) -> list[dict[str, Any]]:
+    def flexquant_drafts(self) -> list[dict[str, Any]]:
         """As `SelfSpeculation.trace`; empty without self-speculation."""
-        speculation = self._config.controller.speculation
-        return [] if speculation is None else speculation.trace()
-
-    def flexquant_steps_trace(self) -> bytes | str:
-        """As `Controller.steps_trace`; the reason as text if there is none."""
-        try:
-            return self._config.controller.steps_trace()
-        except ValueError as error:
-            return str(error)
+        return [] if self._speculation is None else self._speculation.trace()
 
 
-def _errors_of_all_ranks(layers: list) -> dict[str, WeightError]:
+def _agreement() -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """From int32 values of this rank to those of the first one of its tensor-parallel group, None
+    where it is alone. May be called within a forward pass and within a captured graph."""
+    group = get_tp_group()
+    if group.world_size == 1:
+        return None
+    first = group.rank_in_group == 0
+
+    def agree(values: torch.Tensor) -> torch.Tensor:
+        # in halves, since vLLM reduces floats, and fp32 has 24 bits
+        halves = torch.stack((values >> 15, values & 0x7FFF)).float()
+        high, low = tensor_model_parallel_all_reduce(halves if first else halves * 0).int()
+        return (high << 15) | low
+
+    return agree
+
+
+def _errors_of_all_ranks(layers: list[LayerRecord]) -> dict[str, WeightError]:
     """Weight errors of every layer of the model, shards added up, the same on every rank."""
     own = [(layer.name, layer.error) for layer in layers]
     group = get_world_group()

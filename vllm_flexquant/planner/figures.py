@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from vllm_flexquant.format.checkpoint import parts_of
 from vllm_flexquant.format.layout import PARENT_BITS, width_at_least
 from vllm_flexquant.format.record import CalibrationRecord, NeedRecord
-from vllm_flexquant.planner.ladder import Ladder, bytes_read, parts_of
+from vllm_flexquant.planner.ladder import Ladder, bytes_read
 from vllm_flexquant.planner.table import LayerRecord
 
 Figures = dict[str, Any]
-"""Fields of `Calibrated` of the policy, as lists of numbers."""
+"""Fields of the `State` that calibration fills, as numbers and lists of them."""
 
 _NO_NEED = NeedRecord(bin_nats=1.0, by_entropy=(1.0,), by_average=(1.0,))
 """Without figures of calibration, every token is taken for an average one."""
@@ -63,9 +64,24 @@ def read_figures(
         "early_kl": early_kl.tolist(),
         "early_cost": [n / top for n in early_bytes],
         "width_kl": [kl + rounding for kl in width_kl],
-        "by_entropy": list(need.by_entropy),
-        "by_average": list(need.by_average),
+        "need_by_entropy": list(need.by_entropy),
+        "need_by_average": list(need.by_average),
         "bin_nats": need.bin_nats,
+    }
+
+
+def without_calibration(cost: Sequence[float]) -> Figures:
+    """The same where no KL is known: `cost` of each level, and every token an average one."""
+    none = [0.0] * len(cost)
+    return {
+        "kl": none,
+        "cost": list(cost),
+        "early_kl": none,
+        "early_cost": list(cost),
+        "width_kl": [0.0] * (PARENT_BITS + 1),
+        "need_by_entropy": [1.0],
+        "need_by_average": [1.0],
+        "bin_nats": 1.0,
     }
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from vllm_flexquant.format.checkpoint import parts_of
 from vllm_flexquant.format.layout import PARENT_BITS
 from vllm_flexquant.format.record import CalibrationRecord
 from vllm_flexquant.planner.table import LayerRecord, WeightError
@@ -106,12 +107,6 @@ def calibrated_ladder(
         f"KL on {calibration.text.get('text', 'calibration text')} ({calibration.ladder.search})",
         tuple(rung.kl_nats for rung in reversed(calibration.ladder.rungs)),
     )
-
-
-def parts_of(name: str, fused: Mapping[str, Sequence[str]]) -> list[str]:
-    """The layers of the checkpoint that vLLM fuses into its layer `name`, itself if none."""
-    path, _, last = name.rpartition(".")
-    return [f"{path}.{part}".lstrip(".") for part in fused.get(last, [last])]
 
 
 def _from_steps(

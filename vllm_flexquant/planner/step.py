@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a step is: facts of its batch, what is held of its requests, and its record."""
+"""What a step is: what vLLM says of its batch, and what the planner makes of it."""
 
 from __future__ import annotations
 
@@ -28,41 +28,26 @@ class Batch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Held:
-    """What is held of the request in a slot: the number of its class, its lowest width in bits."""
-
-    number: int
-    floor: int = 0
-
-
-@dataclass
-class StepRecord:
-    """One step as `flexquant_trace` returns it. Entropies in nats, None where there are none.
-
-    first_level: of the layers before the probe, where it is not `level`.
-    """
-
-    step: int
-    request_ids: list[str]
-    prompt: list[bool]
-    level: int
-    widths: list[int]
-    average: list[float | None]
-    entropy: list[float | None] | None = None
-    first_level: int | None = None
-    scores: list[float] | None = None
-
-
-@dataclass(frozen=True)
 class BatchFacts:
-    """What the controller makes of a `Batch`.
+    """What stays the same while the batch does.
 
-    floor: the highest of the lowest widths that were promised, bits. decoding: places of the
-    sequences that decode. sequences: int64 [4, n] of those, as `BudgetSteps` has them. logit_slots:
-    int64 [rows], where the entropies of the logits go.
+    floor: the highest of the lowest widths that were granted, bits. decoding: places of the
+    sequences that decode. sequences: int64 [4, n] of those, as `StepFacts` has them. logit_slots:
+    int64 [requests], where the entropies of the logits go. prompts: some sequence does not decode.
     """
 
     floor: int = 0
     decoding: Sequence[int] = ()
     sequences: Array = None
     logit_slots: Array = None
+    prompts: bool = False
+
+
+class RanAt(NamedTuple):
+    """What a step of decoding alone ran at: bounds of widths in bits, levels of the layers before
+    and after the probe."""
+
+    low: int
+    high: int
+    first: int
+    later: int

@@ -6,11 +6,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from vllm_flexquant.format.layout import PARENT_BITS, PlaneLayout, bytes_read, width_at_least
-from vllm_flexquant.policy.arrays import Array, namespace, numbers
 
 CAPACITY = 1 << 14
 """Entries allocated before the model is known (64 KiB)."""
@@ -75,43 +73,6 @@ def allowed_widths(layers: Sequence[LayerRecord]) -> torch.Tensor:
         ],
         dtype=torch.int32,
     ).reshape(len(layers), PARENT_BITS + 1)
-
-
-@dataclass(frozen=True)
-class LevelTable:
-    """Writes the widths of ladder levels.
-
-    rungs: int32 [levels, layers]. written: int32 [layers], the precision table. allowed: as
-    `allowed_widths`, None where every layer has all of its layout's widths.
-    """
-
-    rungs: Array
-    written: Array
-    allowed: Array | None = None
-
-    @classmethod
-    def without_layers(cls, levels: int) -> LevelTable:
-        """For decisions that nothing runs by."""
-        nothing = np.zeros((levels, 0), dtype=np.int32)
-        return cls(nothing, nothing[0])
-
-    def write(self, level: Array, first: int, bounds: Array, writes: Array | None = None) -> None:
-        """Give layers from `first` on the widths of `level`, int32 [1], within `bounds`, [2].
-
-        Args:
-            writes: bool [1], False to leave the table as it is.
-        """
-        xp = namespace(level)
-        wanted = xp.minimum(xp.maximum(self.rungs[level][0, first:], bounds[0]), bounds[1])
-        if writes is not None:
-            wanted = xp.where(writes, wanted, self.written[first:])
-        self.put(wanted, first)
-
-    def put(self, widths: Array, first: int = 0) -> None:
-        """Give layers from `first` on these widths, or the next ones up that they have."""
-        if self.allowed is not None:
-            widths = self.allowed[first:][numbers(widths), widths]
-        self.written[first:] = widths
 
 
 class PrecisionTable:

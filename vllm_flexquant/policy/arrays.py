@@ -15,6 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from flexquant_kernels.state import view
+
+__all__ = ["view"]
+
 Array = Any
 """`np.ndarray` or `torch.Tensor`."""
 
@@ -22,11 +26,6 @@ Array = Any
 def namespace(like: Array) -> ModuleType:
     """The module whose functions take arrays of this kind."""
     return torch if isinstance(like, torch.Tensor) else np
-
-
-def view(tensor: torch.Tensor) -> Array:
-    """A tensor as policies see it: the same memory."""
-    return tensor.numpy() if tensor.device.type == "cpu" else tensor
 
 
 def tensor(values: Array) -> torch.Tensor:
@@ -78,8 +77,9 @@ def largest(values: Array) -> Array:
     return values.amax(-1) if isinstance(values, torch.Tensor) else values.max(-1)
 
 
-def numbers(like: Array) -> Array:
-    """0, 1, ... as many as `like` is long, beside it."""
+def numbers(like: Array, count: int | None = None) -> Array:
+    """0, 1, ... as many as `like` is long or as `count` says, beside it."""
+    count = len(like) if count is None else count
     if isinstance(like, torch.Tensor):
-        return torch.arange(len(like), device=like.device)
-    return np.arange(len(like))
+        return torch.arange(count, device=like.device)
+    return np.arange(count)

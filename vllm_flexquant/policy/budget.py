@@ -11,22 +11,22 @@ bargain at any price is never taken. What is known of s, and when:
 - at the probe, in the same step: the level of the layers after it;
 - after the step, from the entropy of its own logits: whether too little was foreseen.
 
-A class's price starts where its budget is met on average. From then on a token bucket steers it:
+An account's price starts where its budget is met on average. From then on a token bucket steers it:
 what is left over, or owed, lowers or raises the price, so that the mean booked meets the mean
-asked. What is booked is what was foreseen, times a correction of the class: the sum of what the
+asked. What is booked is what was foreseen, times a correction of the account: the sum of what the
 steps' own entropies say over the sum of what was foreseen. The correction only raises: as a measure
 of a whole text, low entropy is no proof of low KL, so it does not buy cheaper steps.
 
-The functions are pure, over arrays of fixed shape and without branches on their values: serving and
-replay are the same code.
+This is the reference of `cpu/decide.cpp`, and what runs where there is no native code: over arrays
+of fixed shape and without branches on their values.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-
 import numpy as np
+import torch
 
+from flexquant_kernels.state import ACCOUNTS, State
 from vllm_flexquant.policy.arrays import (
     Array,
     ascending,
@@ -35,14 +35,22 @@ from vllm_flexquant.policy.arrays import (
     largest,
     namespace,
     numbers,
+    view,
 )
-from vllm_flexquant.policy.decision import Decision, hold
-
-CLASSES = 64
-"""Classes that can have a budget of their own at a time."""
+from vllm_flexquant.policy.protocol import (
+    FIRST,
+    LAST,
+    LATER,
+    Policy,
+    StepFacts,
+    by_index,
+    hold,
+    keep,
+    write_widths,
+)
 
 OTHER = -1
-"""Class of rows that count for none: prompt tokens, padding."""
+"""Account of rows that count for none: prompt tokens, padding."""
 
 _FORESEEN_TOKENS = 128.0
 """Tokens over which the correction of what is foreseen is averaged."""
@@ -64,187 +72,171 @@ _OCTAVES = 2.0
 """A full bucket divides the price by 2 to this, an empty one multiplies it."""
 
 
-@dataclass(frozen=True)
-class Calibrated:
-    """What calibration found, on the ladder of this rank. fp64, KL in nats per token.
+class Budget(Policy):
+    """Keeps the budgets of the accounts."""
 
-    kl, cost: [levels], cheapest level first; cost is over that of the best level. early_kl,
-    early_cost: [levels], the part of them that is due to layers before the probe, all of it where
-    there is no probe; late_kl, late_cost: the rest. width_kl: [9], KL with all layers at so many
-    bits. by_entropy, by_average: [bins], KL over the mean KL of tokens whose own entropy, or whose
-    sequence's average before them, is in a bin of `bin_nats`; the last bin is open.
-    """
+    books = True
 
-    kl: Array
-    cost: Array
-    early_kl: Array
-    early_cost: Array
-    width_kl: Array
-    by_entropy: Array
-    by_average: Array
-    bin_nats: float
-    late_kl: Array = field(init=False)
-    late_cost: Array = field(init=False)
+    def __init__(self, probe_layer: int) -> None:
+        """`probe_layer`: as `State.probe_layer`, which a captured graph cannot wait for."""
+        self._probe_layer = probe_layer
+        self._step: StepFacts | None = None
 
-    def __post_init__(self) -> None:
-        # once, not in every step
-        object.__setattr__(self, "late_kl", self.kl - self.early_kl)
-        object.__setattr__(self, "late_cost", self.cost - self.early_cost)
+    def begin(self, state: State, step: StepFacts) -> None:
+        xp = namespace(step.sequences)
+        slots, rows, accounts, _ = step.sequences
+        if self._step is not None:
+            state.row_account[self._step.sequences[1]] = OTHER
+        self._step = step
+        state.row_account[rows] = accounts
+        by_average = need_of(state, state.need_by_average, state.average[slots])
+        knows = (state.by_average > 0) & state.seen[slots]
+        state.scores[rows] = xp.where(knows, by_average, xp.ones_like(by_average))
+        state.price[:] = price(state, state.scores[rows], accounts)
+        hold(state, FIRST, _cheapest(state, state.cost, state.kl), state.price >= 0)
+        keep(state, LATER, state.decisions[FIRST, :1], state.decisions[FIRST, 1:])
 
-    def need(self, table: Array, nats: Array) -> Array:
-        """fp64 [rows] from entropies [rows]; inf for one that is no number."""
-        xp = namespace(table)
-        bins = xp.nan_to_num(nats / self.bin_nats, nan=0.0, posinf=0.0, neginf=0.0)
-        found = table[integers(xp.clip(bins, 0, len(table) - 1))]
-        return xp.where(xp.isfinite(nats), found, xp.inf)
+    def probe(self, state: State, x: torch.Tensor) -> None:
+        rows = x[: len(state.row_account)].float()
+        weight, bias = state.tensor("weight"), state.tensor("bias")
+        self.decide(state, view(torch.exp(torch.mv(rows, weight) + bias.float())))
 
+    def decide(self, state: State, scores: Array) -> None:
+        xp = namespace(scores)
+        accounts = state.row_account[: len(scores)]
+        kept = state.scores[: len(scores)]
+        kept[:] = xp.where((state.probes > 0) & (accounts != OTHER), scores, kept)
+        found = price(state, kept, accounts)
+        decides = (state.probes > 0) & (found >= 0)
+        state.price[:] = xp.where(decides, found, state.price)
+        before = state.decisions[LAST] + 0
+        hold(state, LAST, _cheapest(state, state.late_cost, state.late_kl), found >= 0)
+        state.decisions[LAST] = xp.where(decides, state.decisions[LAST], before)
+        state.decisions[LATER] = xp.where(decides, state.decisions[LAST], state.decisions[LATER])
+        write_widths(state, self._probe_layer)
 
-@dataclass(frozen=True)
-class Ledger:
-    """What each class asked for and what it was booked, fp64 [CLASSES].
-
-    asked: nats per token, 0 where a class is not in use. price: of a nat per token, in the cost of
-    the best level, at which the average text costs what is asked (`price_of`). balance: nats left
-    over (owed if below 0). spent, tokens: sums since the class was made. needed, foreseen: sums,
-    fading, of what was needed after the step and before it; they begin as `NO_PAST`.
-    """
-
-    asked: Array
-    price: Array
-    balance: Array
-    spent: Array
-    tokens: Array
-    needed: Array
-    foreseen: Array
-
-    @property
-    def correction(self) -> Array:
-        """fp64 [CLASSES], what is foreseen times this is what will be needed."""
-        xp = namespace(self.asked)
-        return xp.clip(self.needed / self.foreseen, 1.0, _MOST_CORRECTION)
-
-
-@dataclass(frozen=True)
-class BudgetPolicy:
-    """horizon: tokens whose budget fills a bucket. hysteresis: share of the ladder that a change
-    must exceed; dwell: steps between two changes."""
-
-    calibrated: Calibrated
-    levels: int
-    horizon: int
-    hysteresis: float
-    dwell: int
-    aggregate: str
-    quantile: float
-
-    def price(self, need: Array, classes: Array, ledger: Ledger) -> Array:
-        """What a nat of the average token is worth in this step, fp64 [1]; -1 without any row.
-
-        Each class in the batch is to keep its own budget, so the dearest rules.
-
-        Args:
-            need: fp64 [rows], of each row over the average token's.
-            classes: int64 [rows].
-        """
-        xp = namespace(ledger.asked)
-        if len(need) == 0:
-            return xp.full_like(ledger.asked[:1], -1.0)
-        need = xp.clip(xp.nan_to_num(need, nan=_MOST_NEED), 0, _MOST_NEED)
-        member = classes[None, :] == numbers(ledger.asked)[:, None]
-        count = member.sum(1)
-        if self.aggregate == "max":
-            demand = largest(xp.where(member, need[None, :], 0.0))
-        elif self.aggregate == "quantile":
-            ordered = ascending(xp.where(member, need[None, :], _MOST_NEED))
-            rank = integers(xp.round(floats(xp.clip(count - 1, 0, None)) * self.quantile))
-            demand = xp.where(numbers(need)[None, :] == rank[:, None], ordered, 0.0).sum(1)
-        else:
-            demand = xp.where(member, need[None, :], 0.0).sum(1) / xp.clip(count, 1, None)
-        price = self.in_force(ledger) * demand * ledger.correction
-        return largest(xp.where(count > 0, price, -1.0)).reshape(1)
-
-    def in_force(self, ledger: Ledger) -> Array:
-        """Price of a nat of each class, fp64 [CLASSES]."""
-        xp = namespace(ledger.asked)
-        share = ledger.balance / xp.clip(ledger.asked * self.horizon, 1e-12, None)
-        return ledger.price * xp.exp2(-_OCTAVES * xp.clip(share, -1, 1))
-
-    def first(self, price: Array, ceiling: Array, last: Decision) -> Decision:
-        """The level that the step begins at, not above `ceiling`, int32 [1]."""
-        known = self.calibrated
-        return self._cheapest(known.cost, known.kl, price, ceiling, last)
-
-    def later(self, price: Array, ceiling: Array, last: Decision) -> Decision:
-        """The level of the layers after the probe."""
-        known = self.calibrated
-        return self._cheapest(known.late_cost, known.late_kl, price, ceiling, last)
-
-    def _cheapest(
-        self, cost: Array, kl: Array, price: Array, ceiling: Array, last: Decision
-    ) -> Decision:
-        xp = namespace(cost)
-        objective = xp.where(numbers(cost) > ceiling, xp.inf, cost + price * kl)
-        wanted = integers(objective.argmin().reshape(1))
-        found = hold(wanted, last, price >= 0, self.levels, self.hysteresis, self.dwell)
-        return Decision(xp.minimum(found.level, ceiling), found.held)
-
-    def kl(self, first: Decision, later: Decision, low: Array, high: Array) -> Array:
-        """Mean KL of a step, nats, fp64 [1], whose widths were bounded to low..high bits, [1]."""
-        xp = namespace(self.calibrated.kl)
-        known = self.calibrated
-        kl = known.early_kl[first.level] + known.late_kl[later.level]
-        return xp.minimum(xp.maximum(kl, known.width_kl[high]), known.width_kl[low])
-
-    def book(
-        self, kl: Array, foreseen: Array, entropy: Array, classes: Array, ledger: Ledger
-    ) -> Ledger:
-        """The ledger after a step.
-
-        Args:
-            kl: fp64 [1], of the average token at the step's widths.
-            foreseen: fp64 [rows], what the step was decided by.
-            entropy: fp32 [rows] nats, of the step's own logits.
-            classes: int64 [rows].
-        """
-        xp = namespace(ledger.asked)
+    def book(self, state: State, entropy: Array) -> None:
+        step = self._step
+        if step is None or not len(step):
+            return
+        xp = namespace(entropy)
+        _, rows, _, places = step.sequences
+        accounts = state.row_account[rows]
         # what is no number says nothing
-        needed = self.calibrated.need(self.calibrated.by_entropy, entropy)
+        needed = need_of(state, state.need_by_entropy, entropy[places])
         needed = xp.nan_to_num(needed, posinf=1.0)
-        foreseen = xp.clip(xp.nan_to_num(foreseen, nan=1.0, posinf=1.0), 0, _MOST_BOOKED)
-        own = classes[None, :] == numbers(ledger.asked)[:, None]
-        member = xp.where(own, xp.ones_like(foreseen)[None, :], 0.0)
-        rows = member.sum(1)
-        expected = (member * foreseen[None, :]).sum(1)
-        spent = kl * expected * ledger.correction
-        full = ledger.asked * self.horizon
-        fade = xp.exp(-rows / _FORESEEN_TOKENS)
-        balance = ledger.balance + _AIM * ledger.asked * rows - spent
-        return replace(
-            ledger,
-            balance=xp.maximum(xp.minimum(balance, full), -full),
-            spent=ledger.spent + spent,
-            tokens=ledger.tokens + rows,
-            needed=ledger.needed * fade + (member * needed[None, :]).sum(1),
-            foreseen=ledger.foreseen * fade + expected,
-        )
+        foreseen = xp.nan_to_num(state.scores[rows], nan=1.0, posinf=1.0)
+        foreseen = xp.clip(foreseen, 0, _MOST_BOOKED)
+        member = _members(accounts)
+        count = member.sum(1, dtype=xp.float64)
+        expected = xp.where(member, foreseen[None, :], 0.0).sum(1)
+        spent = step_kl(state) * expected * correction(state)
+        full = state.asked * state.horizon
+        balance = state.balance + _AIM * state.asked * count - spent
+        fade = xp.exp(-count / _FORESEEN_TOKENS)
+        state.balance[:] = xp.maximum(xp.minimum(balance, full), -full)
+        state.spent[:] += spent
+        state.tokens[:] += count
+        state.needed[:] = state.needed * fade + xp.where(member, needed[None, :], 0.0).sum(1)
+        state.foreseen[:] = state.foreseen * fade + expected
 
 
-def price_of(budget: float, known: Calibrated) -> float:
-    """The price of a nat at which the mean KL of text like the calibrated one is `budget`.
+def need_of(state: State, table: Array, nats: Array) -> Array:
+    """What tokens need over the average one, fp64 [n], from entropies; inf for what is no number.
+
+    Args:
+        table: by bin of `State.bin_nats`, the last one open.
+    """
+    xp = namespace(table)
+    bins = xp.nan_to_num(nats / state.bin_nats, nan=0.0, posinf=0.0, neginf=0.0)
+    found = table[integers(xp.clip(bins, 0, len(table) - 1))]
+    return xp.where(xp.isfinite(nats), found, xp.inf)
+
+
+def correction(state: State) -> Array:
+    """By account: what is foreseen times this is what will be needed."""
+    return namespace(state.needed).clip(state.needed / state.foreseen, 1.0, _MOST_CORRECTION)
+
+
+def price(state: State, need: Array, accounts: Array) -> Array:
+    """What a nat of the average token is worth in this step, fp64 [1]; -1 without any row.
+
+    Each account in the batch is to keep its own budget, so the dearest rules.
+
+    Args:
+        need: fp64 [n], of each row over the average token's.
+        accounts: int64 [n].
+    """
+    xp = namespace(state.asked)
+    if len(need) == 0:
+        return xp.full_like(state.asked[:1], -1.0)
+    need = xp.clip(xp.nan_to_num(need, nan=_MOST_NEED), 0, _MOST_NEED)
+    member = _members(accounts)
+    count = member.sum(1)
+    mean = xp.where(member, need[None, :], 0.0).sum(1) / xp.clip(count, 1, None)
+    ordered = ascending(xp.where(member, need[None, :], _MOST_NEED))
+    rank = xp.round(floats(xp.clip(count - 1, 0, None)) * floats(state.quantile))
+    chosen = numbers(need)[None, :] == integers(rank)[:, None]
+    quantile = xp.where(chosen, ordered, 0.0).sum(1)
+    greatest = largest(xp.where(member, need[None, :], 0.0))
+    demand = by_index(state.aggregate, [mean, quantile, greatest])
+    found = _in_force(state) * demand * correction(state)
+    found = xp.where((count > 0) & xp.isfinite(found), found, -1.0)
+    return largest(found).reshape(1)
+
+
+def step_kl(state: State) -> Array:
+    """Mean KL of the step's average token at the widths that were decided, nats, fp64 [1]."""
+    xp = namespace(state.kl)
+    first, later = state.decisions[FIRST, :1], state.decisions[LATER, :1]
+    kl = state.early_kl[first] + state.late_kl[later]
+    low, high = state.bounds[:1], state.bounds[1:]
+    return xp.minimum(xp.maximum(kl, state.width_kl[high]), state.width_kl[low])
+
+
+def _members(accounts: Array) -> Array:
+    """bool [ACCOUNTS, n], which rows are whose."""
+    lines = numbers(accounts, ACCOUNTS)
+    return accounts[None, :] == lines[:, None]
+
+
+def _in_force(state: State) -> Array:
+    """Price of a nat by account, fp64."""
+    xp = namespace(state.asked)
+    share = state.balance / xp.clip(state.asked * state.horizon, 1e-12, None)
+    return state.base_price * xp.exp2(-_OCTAVES * xp.clip(share, -1, 1))
+
+
+def _cheapest(state: State, cost: Array, kl: Array) -> Array:
+    """The level of the least cost and KL at the price in force, int32 [1]."""
+    xp = namespace(cost)
+    objective = cost + state.price * kl
+    objective = xp.where(numbers(cost) > state.ceiling, xp.inf, objective)
+    return integers(objective.argmin().reshape(1))
+
+
+def price_curve(state: State) -> tuple[np.ndarray, np.ndarray]:
+    """Prices of a nat, ascending, and the mean KL of text like the calibrated one at each, fp64.
 
     Layers before the probe are decided for the average token, those after it by its needs, which
     are taken for log-normal with a mean of 1.
-
-    Args:
-        known: in NumPy's arrays.
     """
+    fields = ("kl", "cost", "early_kl", "late_kl", "late_cost")
+    kl, cost, early_kl, late_kl, late_cost = (state.tensor(n).cpu().numpy() for n in fields)
     nodes, weights = np.polynomial.hermite_e.hermegauss(_NODES)
     need = np.exp(_SPREAD * nodes - _SPREAD**2 / 2)
     prices = np.geomspace(*_PRICES)
-    first = (known.cost + prices[:, None] * known.kl).argmin(-1)
-    later = (known.late_cost + (prices[:, None] * need)[:, :, None] * known.late_kl).argmin(-1)
-    mean = known.early_kl[first] + known.late_kl[later] @ (weights * need) / weights.sum()
-    return float(np.exp(np.interp(-np.log(budget), -np.log(mean), np.log(prices))))
+    first = (cost + prices[:, None] * kl).argmin(-1)
+    later = (late_cost + (prices[:, None] * need)[:, :, None] * late_kl).argmin(-1)
+    return prices, early_kl[first] + late_kl[later] @ (weights * need) / weights.sum()
+
+
+def price_of(budget: float, curve: tuple[np.ndarray, np.ndarray]) -> float:
+    """The price at which the mean KL is `budget`, nats per token."""
+    prices, mean = curve
+    tiny = np.finfo(np.float64).tiny
+    logs = -np.log(np.maximum(mean, tiny))
+    return float(np.exp(np.interp(-np.log(budget), logs, np.log(prices))))
 
 
 _NODES, _SPREAD = 9, 0.4

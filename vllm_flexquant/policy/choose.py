@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from flexquant_kernels.state import AGGREGATES
 from vllm_flexquant.options import PINNED, FlexQuantOptions
-from vllm_flexquant.policy.decision import LevelPolicy
-from vllm_flexquant.policy.entropy import EntropyPolicy
-from vllm_flexquant.policy.progressive import ProgressivePolicy
-from vllm_flexquant.policy.static import FixedPolicy
+from vllm_flexquant.policy.budget import Budget
+from vllm_flexquant.policy.entropy import Entropy
+from vllm_flexquant.policy.progressive import Progressive
+from vllm_flexquant.policy.protocol import Policy, least_move
+from vllm_flexquant.policy.static import Static
 
 
 def resolve_policy(options: FlexQuantOptions, calibrated: bool) -> FlexQuantOptions:
@@ -30,8 +32,23 @@ def resolve_policy(options: FlexQuantOptions, calibrated: bool) -> FlexQuantOpti
     return options
 
 
-def make_policy(options: FlexQuantOptions, mean_bits: Sequence[float]) -> LevelPolicy:
-    """The policy that `options` ask for, where it is not `budget`.
+def make_policy(name: str, probe_layer: int) -> Policy:
+    """The policy of a resolved name.
+
+    Args:
+        probe_layer: as `State.probe_layer`.
+    """
+    if name == "budget":
+        return Budget(probe_layer)
+    if name == "progressive":
+        return Progressive()
+    if name == "entropy":
+        return Entropy()
+    return Static(pinned=name in PINNED)
+
+
+def parameters(options: FlexQuantOptions, mean_bits: Sequence[float]) -> dict[str, float]:
+    """What of the options a decision reads: values by their names in the `State`.
 
     Args:
         mean_bits: of each level of the ladder, cheapest first.
@@ -40,26 +57,21 @@ def make_policy(options: FlexQuantOptions, mean_bits: Sequence[float]) -> LevelP
         ValueError: `level` is not on the ladder.
     """
     levels = len(mean_bits)
-    if options.policy in PINNED:
-        level = levels - 1 if options.level is None else options.level
-        if level >= levels:
-            raise ValueError(
-                f"level {level} is not on the ladder, which has levels 0 to {levels - 1}"
-            )
-        return FixedPolicy(level)
-    if options.policy == "load":
-        return FixedPolicy(levels - 1)  # what load leaves of it
-    if options.policy == "progressive":
-        lowest = min(range(levels), key=lambda n: abs(mean_bits[n] - options.progressive_bits))
-        return ProgressivePolicy(
-            levels, lowest, options.progressive_full, options.progressive_tokens
-        )
-    return EntropyPolicy(
-        levels=levels,
-        low=options.entropy_low,
-        high=options.entropy_high,
-        hysteresis=options.hysteresis,
-        dwell=options.dwell,
-        aggregate=options.aggregate,
-        quantile=options.quantile,
-    )
+    level = levels - 1 if options.level is None else options.level
+    if level >= levels:
+        raise ValueError(f"level {level} is not on the ladder, which has levels 0 to {levels - 1}")
+    bits = options.progressive_bits
+    return {
+        "horizon": options.budget_horizon,
+        "least_move": least_move(options.hysteresis, levels),
+        "quantile": options.quantile,
+        "entropy_low": options.entropy_low,
+        "entropy_high": options.entropy_high,
+        "falling": options.progressive_tokens,
+        "full": options.progressive_full,
+        "lowest": min(range(levels), key=lambda n: abs(mean_bits[n] - bits)),
+        "pinned": level,
+        "dwell": options.dwell,
+        "aggregate": AGGREGATES.index(options.aggregate),
+        "by_average": options.signal in ("entropy", "both"),
+    }

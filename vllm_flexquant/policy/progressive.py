@@ -3,29 +3,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from flexquant_kernels.state import State
+from vllm_flexquant.policy.arrays import floats, indices, integers, largest, namespace
+from vllm_flexquant.policy.protocol import Policy, StepFacts, take
 
-from vllm_flexquant.policy.arrays import floats, integers, largest, namespace
-from vllm_flexquant.policy.decision import Decision, StepSignals
 
-
-@dataclass(frozen=True)
-class ProgressivePolicy:
-    """The first `full` tokens of an answer run at the best level; over the next `falling` ones the
-    level falls evenly to `lowest`.
+class Progressive(Policy):
+    """The first `State.full` tokens of an answer run at the best level; over the next
+    `State.falling` ones the level falls evenly to `State.lowest`.
 
     The form is that of PMPD (arXiv 2410.13461), whose schedule has a few precisions where this has
     all levels. The youngest answer in the batch rules.
     """
 
-    levels: int
-    lowest: int
-    full: int
-    falling: int
-
-    def decide(self, signals: StepSignals, last: Decision) -> Decision:
-        xp = namespace(signals.position)
-        top = self.levels - 1
-        gone = xp.clip(floats(signals.position - self.full) / self.falling, 0, 1)
-        wanted = integers(largest(xp.round(top - gone * (top - self.lowest)))).reshape(1)
-        return Decision(wanted, xp.where(wanted == last.level, last.held + 1, 0))
+    def begin(self, state: State, step: StepFacts) -> None:
+        if not len(step):
+            return
+        positions = indices(step.positions, step.sequences)
+        xp = namespace(positions)
+        top = state.sizes["levels"] - 1
+        gone = xp.clip(floats((positions - state.full) / state.falling), 0, 1)
+        wanted = largest(xp.round(top - gone * (top - state.lowest))).reshape(1)
+        take(state, integers(wanted))

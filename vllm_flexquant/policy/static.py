@@ -1,21 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Policies `static` and `manual`."""
+"""Policies `static` and `manual`, and `load`: one level, and what load leaves of it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from vllm_flexquant.policy.arrays import namespace
-from vllm_flexquant.policy.decision import Decision, StepSignals
+from flexquant_kernels.state import State
+from vllm_flexquant.policy.protocol import Policy, StepFacts, take
 
 
-@dataclass(frozen=True)
-class FixedPolicy:
-    """One level, whatever the signals say."""
+class Static(Policy):
+    """The level `State.pinned`, whatever the signals say."""
 
-    level: int
+    def __init__(self, pinned: bool = True) -> None:
+        self.pinned = pinned
 
-    def decide(self, signals: StepSignals, last: Decision) -> Decision:
-        xp = namespace(last.level)
-        level = xp.full_like(last.level, self.level)
-        return Decision(level, xp.where(level == last.level, last.held + 1, 0))
+    def begin(self, state: State, step: StepFacts) -> None:
+        take(state, state.pinned)

@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from vllm_flexquant.format.record import NeedRecord
-from vllm_flexquant.planner.sequences import SequenceEntropy
+from vllm_flexquant.policy.entropy import averaged
 from vllm_flexquant.quantize.bins import BIN_NATS, mean_by_bin
 
 DECAY = 0.5
@@ -35,10 +34,8 @@ def _average_before(entropy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     Both flat, fp32 and bool.
     """
-    state = SequenceEntropy(len(entropy), torch.device("cpu"))
-    slots = np.arange(len(entropy))
     average, known = torch.zeros_like(entropy), torch.zeros(entropy.shape, dtype=torch.bool)
-    for i, nats in enumerate(entropy.T.numpy()):
-        average[:, i], known[:, i] = map(torch.from_numpy, state.of(slots))
-        state.update(nats, slots, DECAY)
+    for i in range(1, entropy.shape[1]):
+        average[:, i] = averaged(average[:, i - 1], known[:, i - 1], entropy[:, i - 1], DECAY)
+        known[:, i] = True
     return average.flatten(), known.flatten()

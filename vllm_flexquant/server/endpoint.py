@@ -1,18 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`GET` and `POST /v1/flexquant`, covered by vLLM's `--api-key` as all paths under `/v1`; and our
-part of `/metrics`, which is not, as vLLM's."""
+"""`GET` and `POST /v1/flexquant`, and our part of `/metrics`.
+
+vLLM's `--api-key` covers what is under `/v1`. Beyond it, changes and what tells of single requests
+need the operator's own key, in the header `X-FlexQuant-Key`; a form of another site cannot send it.
+"""
 
 from __future__ import annotations
 
-import json
+import hmac
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
-from vllm_flexquant.options import METHOD, PolicyUpdate
-from vllm_flexquant.server.engine import flexquant_engine
-from vllm_flexquant.server.metrics import AskBeforeMetrics
+from vllm_flexquant.environment import ENV_PREFIX
+from vllm_flexquant.options import METHOD
+from vllm_flexquant.server.engine import (
+    Engines,
+    NoAnswerError,
+    OvertakenError,
+    View,
+    engines_of,
+    flexquant_engine,
+    overview,
+)
+from vllm_flexquant.server.messages import BODY_BYTES, read_changes, to_json
+from vllm_flexquant.server.metrics import AppendMetrics
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -22,6 +36,21 @@ if TYPE_CHECKING:
 
 PATH = f"/v1/{METHOD}"
 TRACE_PATH = f"{PATH}/trace"
+OPERATOR_HEADER = "X-FlexQuant-Key"
+
+_READ_ONLY = (
+    "this server has no operator key, so its policy can only be looked at; start it with "
+    f"{ENV_PREFIX}OPERATOR_KEY set, and send that as header {OPERATOR_HEADER}"
+)
+_CHANGES = {"content": {"application/json": {"schema": {"type": "object"}}}, "required": True}
+
+
+class RefusedError(Exception):
+    """A request that is answered with an error."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class FlexQuantEndpoint:
@@ -32,76 +61,121 @@ class FlexQuantEndpoint:
 
     def attach_router(self, app: FastAPI) -> None:
         app.add_api_route(PATH, self.show, methods=["GET"])
-        app.add_api_route(PATH, self.change, methods=["POST"])
+        app.add_api_route(
+            PATH, self.change, methods=["POST"], openapi_extra={"requestBody": _CHANGES}
+        )
         app.add_api_route(TRACE_PATH, self.trace, methods=["GET"])
-        app.add_middleware(AskBeforeMetrics)
+        app.add_middleware(AppendMetrics)
+        for error in (RefusedError, NoAnswerError, OvertakenError):
+            app.add_exception_handler(error, _refuse)
 
     async def init_state(
         self, engine_client: EngineClient | None, state: State, args: Namespace
     ) -> None:
-        state.flexquant_engine = engine_client
+        state.flexquant_engines = engines_of(engine_client)
 
-    async def show(self, request: Request) -> JSONResponse:
-        """Policy, widths now, entropies and the table of layers; `?trace=1` adds recorded steps."""
-        engine = flexquant_engine(request.app)
-        if engine is None:
-            return _refusal(404, "this server does not run a flexquant model")
-        ranks = await engine.collective_rpc("flexquant_status")
-        view = _merge(ranks)
-        if request.query_params.get("trace") == "1":
-            view["trace"] = (await engine.collective_rpc("flexquant_trace"))[-1]
-        return JSONResponse(view)
+    async def show(self, request: Request, trace: bool = False) -> Response:
+        """Policy, widths now and the table of layers.
 
-    async def change(self, request: Request) -> JSONResponse:
+        With the operator's key also the running requests, and with `?trace=1` recorded steps.
+        """
+        engines = _engines(request)
+        operator = _is_operator(request, engines, must_be=trace)
+        view = overview(await engines.snapshot())
+        if trace:
+            records = await engines.ask("flexquant_records")
+            view = view | {"trace": next(iter(records.values()))[-1]}
+        return _answer(view if operator else _public(view))
+
+    async def change(self, request: Request) -> Response:
         """Change the policy; answers as `GET` does, or 400 with nothing changed."""
-        engine = flexquant_engine(request.app)
-        if engine is None:
-            return _refusal(404, "this server does not run a flexquant model")
+        engines = _engines(request)
+        _is_operator(request, engines, must_be=True)
+        body = await _body(request)
         try:
-            body = json.loads(await request.body())
-        except ValueError:
-            return _refusal(400, "the body is not valid JSON")
-        if not isinstance(body, dict):
-            return _refusal(400, f'the body is {body!r}; give an object, as in {{"width": 6}}')
-        try:
-            PolicyUpdate.read(body)
+            changes = read_changes(body)
         except ValueError as error:
-            return _refusal(400, str(error))
-        reasons = await engine.collective_rpc("flexquant_update", args=(body,))
-        if reason := next((r for r in reasons if r), ""):
-            return _refusal(400, reason)
-        return await self.show(request)
+            raise RefusedError(400, str(error)) from None
+        if reason := await engines.change(changes):
+            raise RefusedError(400, reason)
+        return _answer(overview(await engines.snapshot()))
 
-    async def trace(self, request: Request) -> Response:
-        """The recorded steps as a file for `flexquant replay`, of the rank that sees logits."""
-        engine = flexquant_engine(request.app)
-        if engine is None:
-            return _refusal(404, "this server does not run a flexquant model")
-        found = (await engine.collective_rpc("flexquant_steps_trace"))[-1]
-        if isinstance(found, str):
-            return _refusal(400, found)
-        return Response(found, media_type="application/octet-stream")
-
-
-def _refusal(status: int, message: str) -> JSONResponse:
-    error = {"message": message, "type": "BadRequestError", "param": None, "code": status}
-    return JSONResponse({"error": error}, status_code=status)
+    async def trace(self, request: Request, engine: int | None = None) -> Response:
+        """The recorded steps as a file for `flexquant replay`, of the rank that sees logits; of
+        several engines, of the one that `?engine=` gives by its index."""
+        engines = _engines(request)
+        _is_operator(request, engines, must_be=True)
+        found = await engines.ask("flexquant_trace")
+        label = next(iter(found)) if engine is None else str(engine)
+        if label not in found:
+            raise RefusedError(400, f"there is no such engine; engines are {', '.join(found)}")
+        content = found[label][-1]
+        if isinstance(content, str):
+            raise RefusedError(400, content)
+        return Response(content, media_type="application/octet-stream")
 
 
-def _merge(ranks: list[dict[str, Any]]) -> dict[str, Any]:
-    """One view of all ranks: the layers of all pipeline stages, entropies of the one that sees
-    logits; tensor-parallel ranks hold shards of the same layers."""
-    last = dict(ranks[-1])
-    layers: dict[str, dict[str, Any]] = {}
-    for rank in ranks:
-        for layer in rank["layers"]:
-            layers.setdefault(layer["name"], layer)
-    last["layers"] = list(layers.values())
-    last["ranks"] = len(ranks)
-    weights = [layer["shape"][0] * layer["shape"][1] for layer in last["layers"]]
-    widths = [layer["width"] for layer in last["layers"]]
-    total = sum(n * w for n, w in zip(weights, widths, strict=True))
-    last["mean_bits"] = total / max(sum(weights), 1)
-    for name in ("bytes_read_per_step", "clamped_widths"):
-        last[name] = sum(rank[name] for rank in ranks)
-    return last
+def _engines(request: Request) -> Engines:
+    engines = flexquant_engine(request.app)
+    if engines is None:
+        raise RefusedError(404, "this server does not run a flexquant model")
+    return engines
+
+
+def _is_operator(request: Request, engines: Engines, must_be: bool) -> bool:
+    """Whether the operator's key came with a request; one that came must be right.
+
+    Raises:
+        RefusedError: 403 if there is no such key, 401 if it is wrong, or missing where it must be
+            there.
+    """
+    given = request.headers.get(OPERATOR_HEADER)
+    if given is None and not must_be:
+        return False
+    key = engines.operator_key
+    if key is None:
+        raise RefusedError(403, _READ_ONLY)
+    if given is None:
+        raise RefusedError(401, f"this is the operator's alone; send the key as {OPERATOR_HEADER}")
+    # as bytes, which Starlette reads as latin-1: texts have to be ASCII to be compared
+    if not hmac.compare_digest(given.encode("latin-1"), key.get_secret_value().encode()):
+        raise RefusedError(401, f"header {OPERATOR_HEADER} is not the operator key of this server")
+    return True
+
+
+async def _body(request: Request) -> bytes:
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > BODY_BYTES:
+            raise RefusedError(
+                413, f"the body is larger than {BODY_BYTES} bytes; name options only"
+            )
+    return bytes(body)
+
+
+def _public(view: View) -> View:
+    """Without what tells of single requests."""
+    kept = {name: value for name, value in view.items() if name != "requests"}
+    if "engines" in view:
+        kept["engines"] = [_public(engine) for engine in view["engines"]]
+    return kept
+
+
+def _answer(content: Any, status: int = 200) -> Response:
+    return Response(to_json(content), status, media_type="application/json")
+
+
+async def _refuse(request: Request, error: Exception) -> Response:
+    match error:
+        case RefusedError():
+            status, message = error.status, str(error)
+        case OvertakenError():
+            status = 409
+            message = f"another change came in between: {error}; look at {PATH} and try again"
+        case _:
+            status = 503
+            message = "an engine does not answer; the server's log has more"
+    kind = f"{HTTPStatus(status).phrase.title().replace(' ', '')}Error"
+    details = {"message": message, "type": kind, "param": None, "code": status}
+    return _answer({"error": details}, status)

@@ -16,14 +16,12 @@ import numpy as np
 import torch
 
 from vllm_flexquant.options import FlexQuantOptions
-from vllm_flexquant.planner.budget_control import BudgetControl
-from vllm_flexquant.planner.figures import Probe
-from vllm_flexquant.planner.sequences import SequenceEntropy
-from vllm_flexquant.planner.table import LevelTable
-from vllm_flexquant.policy.budget import CLASSES
-from vllm_flexquant.policy.choose import make_policy, resolve_policy
-from vllm_flexquant.policy.decision import Decision, StepSignals, decide_below
-from vllm_flexquant.requests.grant import ClassBook
+from vllm_flexquant.planner.figures import Probe, without_calibration
+from vllm_flexquant.planner.ledger import Ledger
+from vllm_flexquant.planner.state import empty_state, fill, restore
+from vllm_flexquant.policy.choose import make_policy, parameters, resolve_policy
+from vllm_flexquant.policy.protocol import FIRST, LATER, StepFacts
+from vllm_flexquant.requests.accounts import asked
 from vllm_flexquant.telemetry.steps import Step, Trace
 
 
@@ -76,71 +74,58 @@ def replay(trace: Trace, changes: Mapping[str, Any] | None = None) -> Replayed:
     Raises:
         ValueError: an option is bad, or the trace lacks what the policy needs.
     """
-    recorded = FlexQuantOptions().updated(trace.header["options"], "the trace")
+    header = trace.header
+    recorded = FlexQuantOptions().updated(header["options"], "the trace")
     options = recorded.updated(changes or {}, "replay")
-    figures = trace.header["figures"]
+    figures, layer = header["figures"], header["probe_layer"]
     options = resolve_policy(options, calibrated=figures is not None)
-    if options.policy == "budget":
-        return _replay_budget(trace, options)
-    policy = make_policy(options, trace.header["mean_bits"])
-    state = trace.header["state"] or {}
-    top = len(trace.header["mean_bits"]) - 1
-    start = state.get("last", [top, 0])
-    last = Decision(*(np.array([n], dtype=np.int32) for n in start))
-    levels = []
-    for step in trace.steps:
-        if len(step.average):
-            signals = StepSignals(step.average, step.known, step.position)
-            last = decide_below(policy, signals, last, step.ceiling)
-        levels.append(last.level.item())
-    level = np.array(levels, dtype=np.int32)
-    return Replayed(trace, level, level, None, _same(trace, level, level))
-
-
-def _replay_budget(trace: Trace, options: FlexQuantOptions) -> Replayed:
     rows = max((len(step.average) for step in trace.steps), default=0)
-    layer, figures, cpu = trace.header["probe_layer"], trace.header["figures"], torch.device("cpu")
-    listening = None if layer is None else Probe("", layer, torch.zeros(0), 0.0)
-    sequences = SequenceEntropy(max(rows, 1), cpu)
-    table = LevelTable.without_layers(len(figures["kl"]))
-    control = BudgetControl(cpu, figures, listening, sequences, table, max(rows, 1))
-    control.adopt(options)
-    book = ClassBook(options.classes, options.default_class, options.budget, CLASSES)
-    state = trace.header["state"] or {}
-    asked: dict[int, float] = {}
-    if "ledger" in state:
-        control.restore(state)
-        asked = {int(number): budget for number, budget in state["asked"].items()}
-    control.ask(asked | book.budgets)
-    first, level, spent, tokens = [], [], 0.0, 0
+    state = empty_state(
+        torch.zeros(0, dtype=torch.int32),
+        figures or without_calibration(header["cost"]),
+        slots=max(rows, 1),
+        rows=max(rows, 1),
+        listening=None if layer is None else Probe("", 0, torch.zeros(0), 0.0),
+    )
+    if header["state"] is not None:
+        restore(state, header["state"])
+    fill(state, **parameters(options, header["mean_bits"]))
+    if figures is not None:
+        ledger = Ledger(state)
+        # what was asked at the recording, whose balances go on, then what is asked now
+        ledger.ask(asked(recorded.classes, recorded.budget))
+        fill(state, balance=header["state"]["balance"] if header["state"] else 0.0)
+        ledger.ask(asked(options.classes, options.budget))
+    policy = make_policy(options.policy, 0)
+    probes = policy.books and layer is not None and options.signal in ("probe", "both")
+    spent, tokens = float(state.spent.sum()), float(state.tokens.sum())
+    first, level = [], []
     for step in trace.steps:
-        if step.asks is not None:
-            budgets, new = step.asks
-            control.ask(budgets | book.budgets, new)
-        _decide(control, sequences, step, options.signal)
+        places = np.arange(len(step.average))
+        state.average[places], state.seen[places] = step.average, step.known
+        fill(state, bounds=[step.low, step.high], ceiling=step.ceiling)
+        state.probes[:] = probes and len(places) > 0
+        facts = np.stack([places, places, step.accounts, places])
+        policy.begin(state, StepFacts(facts, step.position.tolist()))
+        if state.probes[0]:
+            policy.decide(state, _scores(step))
         if step.booked:
-            before = control.ledger.spent.sum()
-            control.book(step.entropy)
-            spent += float(control.ledger.spent.sum() - before)
-            tokens += len(step.average)
-        first.append(control.first.level.item())
-        level.append(control.later.level.item())
+            policy.book(state, step.entropy)
+        first.append(int(state.decisions[FIRST, 0]))
+        level.append(int(state.decisions[LATER, 0]))
+    tokens = float(state.tokens.sum()) - tokens
     decided = np.array(first, dtype=np.int32), np.array(level, dtype=np.int32)
-    return Replayed(trace, *decided, spent / max(tokens, 1), _same(trace, *decided))
+    booked = (float(state.spent.sum()) - spent) / max(tokens, 1.0) if policy.books else None
+    return Replayed(trace, *decided, booked, _same(trace, *decided))
 
 
-def _decide(control: BudgetControl, sequences: SequenceEntropy, step: Step, signal: str) -> None:
-    places = np.arange(len(step.average))
-    sequences.set(places, step.average, step.known)
-    facts = np.stack([places, places, step.classes, places])
-    control.begin(facts, (step.low, step.high), step.ceiling)
-    if control.listening is not None and signal in ("probe", "both") and len(places):
-        if not step.probed:
-            raise ValueError(
-                "the trace has no scores of the probe, which were not asked for; "
-                "record it under policy budget with signal probe, or replay with signal none"
-            )
-        control.decide(step.scores)
+def _scores(step: Step) -> np.ndarray:
+    if not step.probed:
+        raise ValueError(
+            "the trace has no scores of the probe, which were not asked for; "
+            "record it under policy budget with signal probe, or replay with signal none"
+        )
+    return step.scores
 
 
 def _same(trace: Trace, first: np.ndarray, level: np.ndarray) -> int:

@@ -1,29 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A trace: what each step was decided by and what was decided, in a file of bounded size.
+"""One record per step: what it was decided by, what was decided, what ran.
 
-The file is NumPy's `.npz`, without pickle: `header` (JSON), and arrays of all steps one after
-another. It holds enough for `replay.py` to take each decision again, by the same functions.
+From it are made the view's list of steps and the trace, a file of bounded size that `replay.py`
+takes each decision again from, by the same functions. The file is NumPy's `.npz`, without pickle:
+`header` (JSON), and arrays of all steps one after another.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import zipfile
+import zlib
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-FORMAT = 1
+from vllm_flexquant.options import FlexQuantOptions
+from vllm_flexquant.planner.planner import Planner
+from vllm_flexquant.planner.state import carried
+from vllm_flexquant.planner.watcher import Watcher
+from vllm_flexquant.policy.arrays import Array, host
+from vllm_flexquant.policy.protocol import FIRST, LATER
+
+FORMAT = 2
 SNAPSHOT_STEPS = 256
 """Steps between two records of the state, one of which a trace begins with."""
 
+_NONE = np.zeros(0, np.float32)
 _ROWS = {
     "average": np.float32,
     "known": np.bool_,
-    "classes": np.int64,
+    "accounts": np.int64,
     "position": np.int64,
     "scores": np.float32,
     "entropy": np.float32,
@@ -44,16 +55,19 @@ _SCALARS = {
 class Step:
     """One step, of the n sequences that decode in it.
 
-    average (fp32 nats), known (bool), classes, position (int64): [n], as `StepSignals` and
-    `BudgetPolicy` have them. scores: fp32 [n], the probe's, where it was asked (probed). entropy:
-    fp32 [n] nats, of the step's own logits, where they were seen (booked). low, high: bounds in
-    bits. ceiling: of the level. seconds: since the step before began. first, level: what was
-    decided for the layers before and after the probe.
+    average (fp32 nats), known (bool), accounts, position (int64): [n], as `StepFacts` and `State`
+    have them. scores: fp32 [n], the probe's, where it was asked (probed). entropy: fp32 [n] nats,
+    of the step's own logits, where they went into the accounts (booked). low, high: bounds in bits.
+    ceiling: of the level. seconds: since the step before began. first, level: what was decided for
+    the layers before and after the probe.
+
+    Of all requests of the batch, and not in the file: number, request_ids, prompt, before and nats
+    (average and entropy by place, NaN where there is none), widths that ran.
     """
 
     average: np.ndarray
     known: np.ndarray
-    classes: np.ndarray
+    accounts: np.ndarray
     position: np.ndarray
     low: int
     high: int
@@ -61,17 +75,41 @@ class Step:
     seconds: float
     first: int = 0
     level: int = 0
-    scores: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
-    entropy: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
+    scores: np.ndarray = field(default_factory=lambda: _NONE)
+    entropy: np.ndarray = field(default_factory=lambda: _NONE)
     probed: bool = False
     booked: bool = False
-    asks: tuple[dict[int, float], list[int]] | None = None
+    number: int = 0
+    request_ids: tuple[str, ...] = ()
+    prompt: tuple[bool, ...] = ()
+    before: np.ndarray = field(default_factory=lambda: _NONE)
+    nats: np.ndarray | None = None
+    widths: np.ndarray = field(default_factory=lambda: _NONE)
+
+    def view(self) -> dict[str, Any]:
+        """As plain values, for users; entropies in nats, None where there are none."""
+        return {
+            "step": self.number,
+            "request_ids": list(self.request_ids),
+            "prompt": list(self.prompt),
+            "first_level": self.first,
+            "level": self.level,
+            "bounds": [self.low, self.high],
+            "widths": self.widths.tolist(),
+            "average": _plain(self.before),
+            "entropy": None if self.nats is None else _plain(self.nats),
+            "scores": _plain(self.scores) if self.probed else None,
+        }
+
+
+def _plain(values: np.ndarray) -> list[float | None]:
+    return [float(v) if np.isfinite(v) else None for v in values]
 
 
 @dataclass
 class Trace:
-    """header: `options`, `mean_bits` (of each level), `figures` (of policy budget, or None) and
-    `state` (before the first step)."""
+    """header: `options`, `mean_bits` and `cost` (of each level), `figures` (as
+    `planner.figures.read_figures`, or None), `probe_layer` and `state` (before the first step)."""
 
     header: dict[str, Any]
     steps: list[Step]
@@ -88,8 +126,7 @@ class Trace:
             arrays[name] = np.concatenate([np.zeros(0, kind), *parts]).astype(kind)
         for name, kind in _SCALARS.items():
             arrays[name] = np.array([getattr(step, name) for step in self.steps], dtype=kind)
-        asks = {i: step.asks for i, step in enumerate(self.steps) if step.asks is not None}
-        text = json.dumps({"format": FORMAT} | self.header | {"asks": asks}).encode()
+        text = json.dumps({"format": FORMAT} | self.header).encode()
         content = io.BytesIO()
         arrays["header"] = np.frombuffer(text, np.uint8)
         np.savez_compressed(content, allow_pickle=False, **arrays)
@@ -100,14 +137,15 @@ class Trace:
         """From a file's content.
 
         Raises:
-            ValueError: it is none, or of a newer format.
+            ValueError: it is none, or of another format.
         """
+        broken = (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error)
         try:
             with np.load(io.BytesIO(content), allow_pickle=False) as file:
                 arrays = {key: file[key] for key in file.files}
             header = json.loads(arrays.pop("header").tobytes())
             ends = np.cumsum(arrays.pop("rows"))[:-1]
-        except (ValueError, KeyError, OSError, EOFError) as error:
+        except broken as error:
             raise ValueError(
                 f"{name} is no trace of flexquant ({error}); make one with `flexquant trace`"
             ) from None
@@ -117,57 +155,114 @@ class Trace:
                 "make it again, or update vllm-flexquant"
             )
         of_rows = {key: np.split(arrays[key], ends) for key in _ROWS}
-        count = len(arrays["level"])
         steps = []
-        for i in range(count):
+        for i in range(len(arrays["level"])):
             values: dict[str, Any] = {key: of_rows[key][i] for key in _ROWS}
             values |= {key: arrays[key][i].item() for key in _SCALARS}
             steps.append(Step(**values))
-        for index, (budgets, new) in header.pop("asks", {}).items():
-            steps[int(index)].asks = {int(n): b for n, b in budgets.items()}, new
         return cls(header, steps)
 
 
-class Recorder:
-    """Keeps the last steps, and from time to time the state, so that a replay can begin there."""
+class Recorder(Watcher):
+    """Keeps the last steps of a planner, and from time to time the state, so that a replay can
+    begin there. Syncs a GPU."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, planner: Planner, capacity: int) -> None:
+        """`capacity`: steps, above 0."""
+        self._planner = planner
         self._steps: deque[tuple[Step, Mapping[str, Any] | None]] = deque(maxlen=capacity)
         self._apart = max(min(SNAPSHOT_STEPS, capacity // 4), 1)
         self._until_snapshot = 0
-        self._asks: tuple[dict[int, float], list[int]] | None = None
+        self._open: Step | None = None
+        self._state = carried(planner.state)
+        planner.watchers.append(self)
+        planner.clock.every = True
 
-    def __len__(self) -> int:
-        return len(self._steps)
-
-    @property
-    def wants_state(self) -> bool:
-        """Whether the next `add` should be given the state."""
-        return self._until_snapshot == 0
-
-    def add(self, step: Step, state: Mapping[str, Any] | None) -> None:
-        """Begin a step, which may be completed later."""
-        step.asks, self._asks = self._asks, None
-        self._steps.append((step, state))
-        self._until_snapshot = (self._until_snapshot or self._apart) - 1
-
-    def ask(self, budgets: Mapping[int, float], new: Sequence[int]) -> None:
-        """Budgets change before the next step."""
-        self._asks = dict(budgets), list(new)
-
-    @property
-    def last(self) -> Step:
-        return self._steps[-1][0]
-
-    def clear(self) -> None:
-        """Begin anew: what was recorded no longer leads to what will be."""
+    def changed(self, options: FlexQuantOptions) -> None:
+        """What was recorded no longer leads to what will be."""
         self._steps.clear()
-        self._until_snapshot, self._asks = 0, None
+        self._until_snapshot, self._open = 0, None
 
-    def trace(self, header: Mapping[str, Any]) -> Trace:
+    def deciding(self) -> None:
+        if self._open is not None:
+            self._finish(self._open)
+        if self._until_snapshot == 0:
+            self._state = carried(self._planner.state)
+
+    def began(self) -> None:
+        planner, state = self._planner, self._planner.state
+        batch, facts = planner.batch, planner.facts
+        assert batch is not None
+        average, seen = host(state.average), host(state.seen)
+        slots, _, accounts, _ = host(facts.sequences)
+        low, high = host(state.bounds).tolist()
+        places = [batch.positions[i] for i in facts.decoding]
+        before = average[list(batch.slots)]
+        before[~seen[list(batch.slots)]] = np.nan
+        step = Step(
+            average=average[slots],
+            known=seen[slots],
+            accounts=accounts,
+            position=np.array(places, dtype=np.int64),
+            low=low,
+            high=high,
+            ceiling=int(state.ceiling[0]),
+            seconds=planner.clock.seconds,
+            number=planner.steps - 1,
+            request_ids=tuple(batch.request_ids),
+            prompt=tuple(batch.prompt),
+            before=before,
+        )
+        carries = self._until_snapshot == 0
+        self._steps.append((step, self._state if carries else None))
+        self._until_snapshot = (self._until_snapshot or self._apart) - 1
+        self._open = step
+
+    def ended(self, entropy: Array, booked: bool) -> None:
+        step = self._open
+        if step is None:
+            return  # options were changed within the step
+        step.nats, step.booked = host(entropy), booked
+        if booked:
+            step.entropy = step.nats[host(self._planner.facts.sequences[3])]
+        self._finish(step)
+
+    def _finish(self, step: Step) -> None:
+        """Add what is known once the layers have run."""
+        planner, state = self._planner, self._planner.state
+        levels = host(state.decisions)[:, 0]
+        step.first, step.level = int(levels[FIRST]), int(levels[LATER])
+        step.widths = host(state.table).astype(np.int8)
+        step.probed = planner.asks_probe
+        if step.probed:
+            rows = planner.facts.sequences[1]
+            step.scores = host(state.scores[rows]).astype(np.float32)
+        self._open = None
+
+    def _complete(self) -> list[tuple[Step, Mapping[str, Any] | None]]:
+        """Without the step that is under way."""
+        return [kept for kept in self._steps if kept[0] is not self._open]
+
+    def views(self, clear: bool = False) -> list[dict[str, Any]]:
+        """The steps that are kept, oldest first, as `Step.view`."""
+        found = [step.view() for step, _ in self._complete()]
+        if clear:
+            self.changed(self._planner.options)
+        return found
+
+    def trace(self) -> Trace:
         """From the oldest step whose state before it is known."""
-        begin = next((i for i, (_, state) in enumerate(self._steps) if state is not None), None)
-        if begin is None:
-            return Trace({**header, "state": None}, [])
-        kept = list(self._steps)[begin:]
-        return Trace({**header, "state": kept[0][1]}, [step for step, _ in kept])
+        planner = self._planner
+        listening = planner.model.listening
+        header = {
+            "options": planner.options.plain(),
+            "mean_bits": list(planner.model.ladder.mean_bits),
+            "cost": list(planner.model.ladder.cost),
+            "figures": planner.model.figures,
+            "probe_layer": None if listening is None else listening.layer,
+        }
+        steps = self._complete()
+        begin = next((i for i, (_, state) in enumerate(steps) if state is not None), len(steps))
+        kept = steps[begin:]
+        state = kept[0][1] if kept else None
+        return Trace({**header, "state": state}, [step for step, _ in kept])

@@ -1,66 +1,55 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a worker counts of its steps, and reports when `/metrics` is read."""
+"""What is counted of a worker's steps: sums that only grow, however long it runs."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+import numpy as np
 
-import torch
-
-from vllm_flexquant.planner.ladder import Ladder, mean_bits
-from vllm_flexquant.planner.table import LayerRecord
+from vllm_flexquant.planner.planner import Planner
+from vllm_flexquant.planner.step import RanAt
+from vllm_flexquant.planner.watcher import Watcher
 
 
-class RunAt(NamedTuple):
-    """What a step ran at: bounds of widths in bits, levels of the layers before and after the
-    probe."""
+class Sums(Watcher):
+    """Counts the steps of a planner that decode alone.
 
-    low: int
-    high: int
-    first: int
-    later: int
+    steps: how many. bits: their mean widths over all weights, added up. switches: those that ran at
+    other widths than the one before.
+    """
 
+    def __init__(self, planner: Planner) -> None:
+        self.steps = self.switches = 0
+        self.bits = 0.0
+        self._planner = planner
+        self._last: RanAt | None = None
+        self._bits_of: dict[tuple[int, int], np.ndarray] = {}
+        """By bounds, of which there are no more than pairs of widths."""
+        planner.watchers.append(self)
 
-@dataclass
-class StepCounts:
-    """Decode steps by what they ran at. Counting is one dictionary entry; sums are made later."""
-
-    ran: Counter[RunAt] = field(default_factory=Counter)
-    switches: int = 0
-    _last: RunAt | None = None
-
-    def add(self, step: RunAt) -> None:
-        """A step has run."""
-        self.ran[step] += 1
+    def ran(self, step: RanAt) -> None:
+        self.steps += 1
         self.switches += self._last is not None and step != self._last
         self._last = step
+        self.bits += self.mean_bits(step)
 
-    def bits(self, layers: Sequence[LayerRecord], ladder: Ladder, probe_layer: int) -> float:
-        """Sum over the steps of the mean width over all weights, bits."""
-        total = 0.0
-        for step, count in self.ran.items():
-            rung = torch.cat(
-                [ladder.widths[step.first, :probe_layer], ladder.widths[step.later, probe_layer:]]
-            )
-            total += count * mean_bits(layers, rung.clamp(step.low, step.high).tolist())
-        return total
+    def mean_bits(self, step: RanAt) -> float:
+        """Mean width over all weights of a step, bits."""
+        bounds = step.low, step.high
+        found = self._bits_of.get(bounds)
+        if found is None:
+            found = self._bits_of[bounds] = self._table(*bounds)
+        return float(found[0, step.first] + found[1, step.later])
 
-
-class SinceAsked:
-    """Turns sums into what was added since they were asked for last, by anyone: each addition is
-    handed out once, so that the counters of several API servers add up to the sums."""
-
-    def __init__(self) -> None:
-        self._told: dict[Any, float] = {}
-
-    def __call__(self, sums: Mapping[Any, float]) -> dict[Any, float]:
-        """Additions to `sums`; one that has become less begins anew."""
-        added = {}
-        for name, value in sums.items():
-            before = self._told.get(name, 0.0)
-            added[name] = value - before if value >= before else value
-        self._told |= sums
-        return added
+    def _table(self, low: int, high: int) -> np.ndarray:
+        """fp64 [2, levels]: the parts of the mean that layers before and after the probe add."""
+        planner = self._planner
+        assert planner.table is not None
+        layers = planner.table.layers
+        sizes = np.array([layer.rows * layer.columns for layer in layers], dtype=np.float64)
+        share = sizes / max(sizes.sum(), 1.0)
+        rungs = planner.model.ladder.widths.numpy().clip(low, high)
+        widths = planner.state.tensor("allowed").cpu().numpy()[np.arange(len(layers)), rungs]
+        listening = planner.model.listening
+        first = 0 if listening is None else listening.layer
+        weighted = widths * share
+        return np.stack([weighted[:, :first].sum(1), weighted[:, first:].sum(1)])

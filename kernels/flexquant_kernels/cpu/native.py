@@ -84,19 +84,21 @@ def attach(path: Path) -> None:
     library.flexquant_select_isa.argtypes = [ctypes.c_char_p]
     library.flexquant_clamped_calls.restype = ctypes.c_longlong
     short, pointer, whole = ctypes.PyDLL(str(path)), ctypes.c_void_p, ctypes.c_int64
-    short.flexquant_budget_state_bytes.restype = whole
-    for name, arguments in (
-        ("budget_begin", [pointer] * 3),
-        ("budget_probe", [*[pointer] * 3, whole, whole]),
-        ("budget_decide", [pointer] * 3),
-        ("budget_book", [pointer] * 3),
+    for name, arguments, result in (
+        ("state_bytes", [], whole),
+        ("begin", [pointer] * 3, None),
+        ("probe", [*[pointer] * 3, *[whole] * 3], None),
+        ("decide", [*[pointer] * 3, whole], None),
+        ("write", [pointer, whole], None),
+        ("book", [pointer] * 3, None),
+        (
+            "read_logits",
+            [*[pointer] * 2, *[whole] * 3, ctypes.c_double, *[pointer] * 2],
+            ctypes.c_bool,
+        ),
     ):
         function = getattr(short, f"flexquant_{name}")
-        function.argtypes, function.restype = arguments, None
-    short.flexquant_read_logits.argtypes = [
-        pointer, whole, whole, whole, ctypes.c_double, *[pointer] * 5,
-    ]  # fmt: skip
-    short.flexquant_read_logits.restype = ctypes.c_bool
+        function.argtypes, function.restype = arguments, result
     _library, _short = library, short
 
 

@@ -1,23 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Between drafter and policy, on a controller of hand-made layers; engines are in tests/e2e."""
+"""Between drafter and policy, on a planner of hand-made layers; engines are in tests/e2e."""
 
 import pytest
 import torch
-from by_hand import LAYERS, batch, controller, widths
+from by_hand import LAYERS, batch, calibrated, planner, telemetry, widths
 
 from vllm_flexquant.format.record import DraftLevelRecord, DraftsRecord
-from vllm_flexquant.speculation.drafts import SelfSpeculation
+from vllm_flexquant.speculation.control import SelfSpeculation
 
 
 def speculating(drafts=None, clocked=True, **options):
-    made = controller(**{"policy": "static", "speculate": 4, "draft_gate": "fixed"} | options)
-    made.speculation = SelfSpeculation(made, made.options, drafts, clocked)
-    return made, made.speculation
+    made = planner(**{"policy": "static", "speculate": 4, "draft_gate": "fixed"} | options)
+    return made, SelfSpeculation(made, made.options, drafts, clocked)
 
 
 def step(made, speculation, ids="a", drafted=None, kept=None, rows=None):
     """One step that verifies; returns what may be drafted next."""
-    made.before_forward(batch(ids))
+    made.step(batch(ids))
     found = list(ids)
     nothing = [0] * len(ids)
     return speculation.begin(
@@ -78,7 +77,7 @@ def test_steps_that_vllm_did_not_ask_drafts_of_are_not_timed():
     made, speculation = speculating()
     step(made, speculation)
     speculation.end(["a"])
-    made.before_forward(batch("a"))  # near the longest length vLLM puts drafts of its own
+    made.step(batch("a"))  # near the longest length vLLM puts drafts of its own
     step(made, speculation, drafted=[4], kept=[0])
     assert speculation.status()["steps"] == 0
     assert not speculation.control.times
@@ -87,7 +86,7 @@ def test_steps_that_vllm_did_not_ask_drafts_of_are_not_timed():
 def test_nothing_is_drafted_where_steps_read_no_more_than_drafts():
     made, speculation = speculating(draft_width=6)
     assert step(made, speculation) == 4
-    made.update({"policy": "entropy", "max_bits": 6, "prefill": "policy"})
+    made.change({"policy": "entropy", "max_bits": 6, "prefill": "policy"})
     assert step(made, speculation) == 0
 
 
@@ -97,7 +96,7 @@ def test_rows_without_room_do_not_draft():
 
 
 def test_the_recommended_level_comes_from_calibration():
-    top = len(controller().ladder) - 1
+    top = len(planner().model.ladder) - 1
     drafts = DraftsRecord(bin_nats=0.25, levels=(level_record(1, 0.99), level_record(top, 0.98)))
     _, speculation = speculating(drafts)
     assert speculation.level == 0
@@ -112,19 +111,19 @@ def test_a_change_of_level_forgets_what_was_measured_of_the_other():
     made, speculation = speculating()
     for _ in range(20):
         speculation.control.greedy.book(0.1, False)
-    made.update({"draft_gate": "gain", "draft_entropy": 2.0})
+    made.change({"draft_gate": "gain", "draft_entropy": 2.0})
     assert speculation.control.greedy.of(0.1) < 0.7
-    made.update({"draft_width": 6})
+    made.change({"draft_width": 6})
     assert speculation.control.greedy.of(0.1) > 0.9
     assert speculation.level is None
     assert speculation.mean_bits == pytest.approx(6)
-    made.update({"draft_level": 0})
+    made.change({"draft_level": 0})
     assert speculation.mean_bits == pytest.approx(4)
 
 
 def test_null_goes_back_to_the_level_by_calibration():
     made, speculation = speculating(draft_width=6)
-    made.update({"draft_width": None})
+    made.change({"draft_width": None})
     assert made.options.draft_width is None
     assert speculation.level == 0
 
@@ -133,10 +132,10 @@ def test_another_gate_is_measured_by_itself():
     made, speculation = speculating()
     speculation.control.book_step(1, 0, 1, 0.03)
     speculation.control.book_step(1, 4, 2, 0.03, 0.09)
-    made.update({"speculate": 0})
-    made.update({"speculate": 4})
+    made.change({"speculate": 0})
+    made.change({"speculate": 4})
     assert speculation.control.times[0, False].drafted.count == 1
-    made.update({"draft_gate": "gain"})
+    made.change({"draft_gate": "gain"})
     times = speculation.control.times[0, False]
     assert (times.plain.count, times.drafted.count) == (1, 0)
 
@@ -154,15 +153,15 @@ def test_another_gate_is_measured_by_itself():
 def test_what_cannot_be_is_refused_and_nothing_changes(changes, message):
     made, speculation = speculating()
     with pytest.raises(ValueError, match=message):
-        made.update(changes)
+        made.change(changes)
     assert made.options.speculate == 4
     assert step(made, speculation) == 4
 
 
 def test_an_engine_without_speculation_says_so():
-    made = controller(policy="static")
+    made = planner(policy="static")
     with pytest.raises(ValueError, match="speculate is 2, but the engine was started without"):
-        made.update({"speculate": 2})
+        made.change({"speculate": 2})
 
 
 def test_auto_is_all_bits_beside_speculation():
@@ -171,15 +170,39 @@ def test_auto_is_all_bits_beside_speculation():
     assert widths(made) == [8] * LAYERS
 
 
+@pytest.mark.usefixtures("machinery")
 def test_the_probe_decides_nothing_while_drafts_run():
+    made = calibrated(speculate=2, policy="budget")
+    made.step(batch("a"))
+    before, hard = widths(made), torch.tensor([[3.0, 0.0, 0.0, 0.0]])
+    with made.drafting(made.state.rungs[0]):
+        made.probe(hard)
+        assert widths(made) == [4] * len(before)
+    assert widths(made) == before
+    assert made.state.scores[0] == 1.0
+    made.probe(hard)
+    assert widths(made) != before
+    assert made.state.scores[0] == pytest.approx(20.1, rel=0.01)
+
+
+def test_gauges_are_of_drafts_that_run_now_and_counters_only_grow():
     made, speculation = speculating()
-    seen = []
-    made.budget = type("Budget", (), {"probe": lambda self, x: seen.append(x)})()
-    with speculation.drafting():
-        made.probe(torch.zeros(1, 1))
-    assert not seen
-    made.probe(torch.zeros(1, 1))
-    assert len(seen) == 1
+    told = telemetry(made, speculation)
+    step(made, speculation)
+    speculation.stop([0], [0.1], [True])
+    speculation.end(["a"])
+    step(made, speculation, drafted=[1], kept=[1])
+    before = told.now()
+    assert before["gauges"]["draft_level"] == speculation.level
+    assert before["gauges"]["accepted_length"] == 2.0
+    assert before["counters"]["speculated_steps"] == 1
+    assert before["speculation"]["steps"] == 1
+    made.change({"draft_width": 6})
+    after = told.now()
+    assert "draft_level" not in after["gauges"]
+    assert after["gauges"]["draft_mean_bits"] == pytest.approx(6)
+    for name, value in before["counters"].items():
+        assert after["counters"][name] >= value
 
 
 def test_load_sees_the_time_per_token():
@@ -187,5 +210,5 @@ def test_load_sees_the_time_per_token():
     for _ in range(3):
         step(made, speculation, drafted=[3], kept=[3])
         speculation.end(["a"])
-    assert made.load.times[0].steps == 2
-    assert 0 < made.load.times[0].seconds < 1
+    assert made.clock.load.times[0].steps == 2
+    assert 0 < made.clock.load.times[0].seconds < 1

@@ -15,12 +15,13 @@ import torch
 
 from vllm_flexquant.format.record import DraftsRecord
 from vllm_flexquant.options import PINNED, FlexQuantOptions
-from vllm_flexquant.planner.ladder import bytes_read
+from vllm_flexquant.planner.ladder import Ladder, bytes_read
+from vllm_flexquant.planner.watcher import Watcher
 from vllm_flexquant.policy.arrays import Array, view
 from vllm_flexquant.speculation.gate import Acceptance, Speculation, best_draft
 
 if TYPE_CHECKING:
-    from vllm_flexquant.planner.planner import Controller
+    from vllm_flexquant.planner.planner import Planner
 
 _UNCALIBRATED_BITS = 4.0
 """Mean bits of drafts where nobody measured which level drafts best."""
@@ -49,8 +50,8 @@ class DraftCounts:
     verify_seconds: float = 0.0
 
 
-class SelfSpeculation:
-    """State of one engine's drafts.
+class SelfSpeculation(Watcher):
+    """State of one engine's drafts; watches its planner.
 
     Args:
         options: with `speculate` above 0, the most that the engine was started for.
@@ -58,23 +59,23 @@ class SelfSpeculation:
         clocked: as `Speculation`.
 
     Raises:
-        ValueError: as `adopt`.
+        ValueError: as `check`.
     """
 
     def __init__(
         self,
-        controller: Controller,
+        planner: Planner,
         options: FlexQuantOptions,
         drafts: DraftsRecord | None = None,
         clocked: bool = True,
     ) -> None:
-        assert controller.table is not None
-        self.controller, self._drafts_record = controller, drafts
+        assert planner.table is not None
+        self.planner, self._drafts_record = planner, drafts
         self.started_for = options.speculate
         self.control = Speculation(options.speculate, clocked=clocked)
         self.counts = DraftCounts()
-        sizes = torch.tensor([layer.rows * layer.columns for layer in controller.table.layers])
-        self._share = view((sizes / sizes.sum().clamp(min=1)).float().to(controller.device))
+        sizes = torch.tensor([layer.rows * layer.columns for layer in planner.table.layers])
+        self._share = view((sizes / sizes.sum().clamp(min=1)).float().to(planner.device))
         self._pending: dict[str, list[tuple[float, bool]]] = {}
         self._ids: list[str] = []
         self._step = -1
@@ -86,28 +87,33 @@ class SelfSpeculation:
         self.level: int | None = None
         self._drafts_at: object = None
         self._ways: object = None
-        self.adopt(options)
+        self.check(options)
+        self.changed(options)
+        planner.watchers.append(self)
+        planner.speculates = planner.clock.elsewhere = True
 
-    def adopt(self, options: FlexQuantOptions) -> None:
-        """Go by other options from now on.
+    def check(self, options: FlexQuantOptions) -> None:
+        """Whether these options can be gone by.
 
         Raises:
             ValueError: more drafts than the engine was started for, a level that is not on the
-                ladder, or drafts as wide as what is pinned; nothing is changed.
+                ladder, or drafts as wide as what is pinned.
         """
         if options.speculate > self.started_for:
             raise ValueError(
                 f"speculate is {options.speculate}, but the engine was started with "
                 f"{self.started_for}, for which it set aside room; give at most that"
             )
-        level, widths = self._level_of(options)
-        bits = float((widths * self._share).sum())
-        pinned = self._pinned_bits(options)
+        _, widths = self._level_of(options)
+        bits, pinned = self._mean_bits(widths), _pinned_bits(options, self.planner.model.ladder)
         if options.speculate and pinned is not None and bits >= pinned:
             raise ValueError(
                 f"steps are pinned to {pinned:.1f} bits, and drafts would run at {bits:.1f}: pin a "
                 "higher width, give a lower draft_level, or set speculate to 0"
             )
+
+    def changed(self, options: FlexQuantOptions) -> None:
+        """Go by other options, which were checked, from now on."""
         control = self.control
         control.most, control.gate = options.speculate, options.draft_gate
         control.threshold = options.draft_entropy
@@ -116,18 +122,22 @@ class SelfSpeculation:
         if options.speculate and ways != self._ways:
             self._ways = ways
             control.forget_gains()
-        self.level, self.widths, self.mean_bits = level, widths, bits
-        control.draft_cost = self._cost(widths)
+        self.level, self.widths = self._level_of(options)
+        self.mean_bits = self._mean_bits(self.widths)
+        control.draft_cost = self._cost(self.widths)
         if self._drafts_at != (asked := (options.draft_level, options.draft_width)):
             self._drafts_at = asked
             control.greedy, control.sampled = self._acceptance()
             control.times.clear()
 
+    def _mean_bits(self, widths: Array) -> float:
+        return float((widths * self._share).sum())
+
     def _level_of(self, options: FlexQuantOptions) -> tuple[int | None, Array]:
         """The level at which drafts run, None if it is none, and its widths."""
-        ladder = self.controller.ladder
+        ladder = self.planner.model.ladder
         if options.draft_width is not None:
-            return None, self.controller.rung(0) * 0 + options.draft_width
+            return None, self.planner.state.rungs[0] * 0 + options.draft_width
         level = options.draft_level
         if level is None:
             level = self._recommended(options)
@@ -135,10 +145,10 @@ class SelfSpeculation:
             raise ValueError(
                 f"draft_level {level} is not on the ladder, which has levels 0 to {len(ladder) - 1}"
             )
-        return level, self.controller.rung(level)
+        return level, self.planner.state.rungs[level]
 
     def _recommended(self, options: FlexQuantOptions) -> int:
-        ladder = self.controller.ladder
+        ladder = self.planner.model.ladder
         if self._drafts_record is None:
             bits = ladder.mean_bits
             return min(range(len(bits)), key=lambda n: abs(bits[n] - _UNCALIBRATED_BITS))
@@ -147,7 +157,7 @@ class SelfSpeculation:
         return best_draft(levels, ladder.cost, max(options.speculate, 1)).level
 
     def _acceptance(self) -> tuple[Acceptance, Acceptance]:
-        record, top = self._drafts_record, len(self.controller.ladder) - 1
+        record, top = self._drafts_record, len(self.planner.model.ladder) - 1
         if record is None or self.level is None:
             return Acceptance(), Acceptance()
         wanted = top - self.level
@@ -159,19 +169,10 @@ class SelfSpeculation:
 
     def _cost(self, widths: Array) -> float:
         """Bytes read at `widths` over those at all bits."""
-        assert self.controller.table is not None
-        layers = self.controller.table.layers
+        assert self.planner.table is not None
+        layers = self.planner.table.layers
         full = bytes_read(layers, [layer.widths[-1] for layer in layers])
         return bytes_read(layers, widths.tolist()) / max(full, 1)
-
-    def _pinned_bits(self, options: FlexQuantOptions) -> float | None:
-        if options.policy not in PINNED:
-            return None
-        if options.width is not None:
-            return float(options.width)
-        if options.level is None:
-            return None
-        return float(self.controller.ladder.mean_bits[options.level])
 
     # ---- the step
 
@@ -192,14 +193,14 @@ class SelfSpeculation:
         now = time.perf_counter()
         self._sequences, self.control.sampling = len(ids), sampling
         # vLLM does not ask for drafts after every step
-        if self.controller.steps != self._step + 1:
+        if self.planner.steps != self._step + 1:
             self._pending, self._ids = {}, []
         self._book_kept(ids, drafted, kept)
-        batch = self.controller.batch
+        batch = self.planner.batch
         if self._ids == ids and batch is not None and not any(batch.prompt):
             step, tokens = now - self._ended, len(ids) + sum(kept)
             self.control.book_step(len(ids), sum(drafted), tokens, step, self._drafting)
-            self.controller.book_seconds((step + self._drafting) * len(ids) / tokens)
+            self.planner.book_seconds((step + self._drafting) * len(ids) / tokens)
             counts = self.counts
             counts.tokens += tokens
             if sum(drafted):
@@ -216,8 +217,7 @@ class SelfSpeculation:
 
     def _cheaper(self) -> bool:
         """Whether the step in force reads clearly more than a draft does."""
-        in_force = float((self.controller.written * self._share).sum())
-        return self.mean_bits < _CHEAPER * in_force
+        return self.mean_bits < _CHEAPER * self._mean_bits(self.planner.state.table)
 
     def _book_kept(self, ids: Sequence[str], drafted: Sequence[int], kept: Sequence[int]) -> None:
         for request, count, good in zip(ids, drafted, kept, strict=True):
@@ -237,7 +237,7 @@ class SelfSpeculation:
     def drafting(self) -> Iterator[None]:
         """While drafts run, at their level."""
         began = time.perf_counter()
-        with self.controller.drafting(self.widths):
+        with self.planner.drafting(self.widths):
             yield
         self._drafting = time.perf_counter() - began
         self.counts.draft_seconds += self._drafting
@@ -277,7 +277,7 @@ class SelfSpeculation:
     def end(self, ids: Sequence[str]) -> None:
         """The drafts of this step are made; from now on the next step's time counts."""
         self._pending = {ids[row]: drafts for row, drafts in self._drafts.items() if drafts}
-        self._ids, self._step = list(ids), self.controller.steps
+        self._ids, self._step = list(ids), self.planner.steps
         self._ended = time.perf_counter()
 
     # ---- the operator's view
@@ -331,6 +331,15 @@ class SelfSpeculation:
             "draft_seconds": counts.draft_seconds,
             "verify_seconds": counts.verify_seconds,
         }
+
+
+def _pinned_bits(options: FlexQuantOptions, ladder: Ladder) -> float | None:
+    """Mean bits of all steps, None where they differ or are all bits."""
+    if options.policy not in PINNED:
+        return None
+    if options.width is not None:
+        return float(options.width)
+    return None if options.level is None else float(ladder.mean_bits[options.level])
 
 
 def _where_seen(chances: Sequence[float], share: Sequence[float]) -> list[float]:
