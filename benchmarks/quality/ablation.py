@@ -6,8 +6,8 @@
 
 The policy as it is served (`policy.budget.Budget`) decides about real tokens: their KL and entropy
 at eight levels of the ladder are measured first, by plain transformers in fp32, as are the scores
-of the probe. Between two measured levels, log KL and entropy are taken for linear in mean bits; of a
-step whose first layers ran at another level than the rest, the first ones count for their share by
+of the probe. Between two measured levels, log KL and entropy are taken for linear in mean bits; of
+a step whose first layers ran at another level than the rest, these count for their share by
 calibration. *Random* shuffles the scores of the probe among the tokens. *Oracle* is told what
 nobody can know: the token's own KL over the mean, averaged over the eight levels; what a score for
 a token can bring at most. Sequences run side by side, `--rows` at a time, token by token.
