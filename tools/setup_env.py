@@ -202,8 +202,8 @@ def install_torch(runner: Runner, python: Path) -> str:
     except SetupError as error:
         major, minor = sys.version_info[:2]
         raise SetupError(
-            f"{TORCH} for Python {major}.{minor} on {platform.machine()} could be had neither where "
-            f"pip looks by itself nor from {index}; name an index that has it, make setup "
+            f"{TORCH} for Python {major}.{minor} on {platform.machine()} could be had neither "
+            f"where pip looks by itself nor from {index}; name an index that has it, make setup "
             "TORCH_INDEX=URL, or a folder with its wheel, PIP_FIND_LINKS=FOLDER make setup. "
             f"What pip said is in {runner.log}"
         ) from error
