@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import secrets
 import signal
 import subprocess
 import sys
@@ -93,6 +94,7 @@ class Demo:
     steps: list[dict[str, Any]] = field(default_factory=list)
     answer: str = ""
     start_seconds: dict[str, float] = field(default_factory=dict)
+    key: str = field(default_factory=lambda: secrets.token_hex(16), repr=False)
 
     def compute_reference(self) -> int:
         """Write the reference's log-probabilities; returns the weights of all linear layers."""
@@ -113,6 +115,7 @@ class Demo:
         disabled = benchmark | {"VLLM_FLEXQUANT_DISABLE": "1"}
         enabled = benchmark | {
             "VLLM_PLUGINS": "flexquant",  # vLLM serves only the endpoints of plugins named here
+            "VLLM_FLEXQUANT_OPERATOR_KEY": self.key,
             "VLLM_FLEXQUANT_TRACE_STEPS": str(TRACE_STEPS),
         }
         log = self.out / f"{self.baseline}.log"
@@ -133,12 +136,12 @@ class Demo:
 
     async def measure(self, stock: VllmServer, flexquant: VllmServer, weights: int) -> None:
         """Chat with the baseline and under each policy in turn, round by round; then the text."""
-        clients = [Client(server.url, self.templated) for server in (stock, flexquant)]
-        plain, switched = clients
+        plain = Client(stock.url, self.templated)
+        switched = Client(flexquant.url, self.templated, self.key)
         chats: dict[str, list[ChatRun]] = {name: [] for name in (self.baseline, *POLICIES)}
         steps: dict[str, list[dict[str, Any]]] = {name: [] for name in POLICIES}
         try:
-            for client in clients:
+            for client in (plain, switched):
                 await client.chat(PROMPTS[:2], 4, lambda text: None)  # warm up
             for number in range(1, self.rounds + 1):
                 take_turn(stock, flexquant)
@@ -164,8 +167,8 @@ class Demo:
                 chat_summary = trace.summarise(self.layers, steps[name])
                 self._add(name, chats[name], chat_summary, trace.summarise(self.layers, text_steps))
         finally:
-            for client in clients:
-                await client.close()
+            await plain.close()
+            await switched.close()
 
     async def _chat(self, client: Client, name: str, number: int) -> ChatRun:
         """All requests under a policy, whose steps are kept."""
