@@ -18,7 +18,7 @@ help: ## this list
 	@echo
 	@echo "  VENV=$(VENV)  the environment that is built and used"
 	@echo "  PYTHON=$(PYTHON)  the Python that builds it"
-	@echo "  TORCH_INDEX=$(TORCH_INDEX)  index of PyTorch's CPU wheels, where pip is not set up to find them"
+	@echo "  TORCH_INDEX=$(TORCH_INDEX)  where torch for CPUs comes from if pip does not find it by itself, instead of PyTorch's index"
 	@echo "  ARGS=$(ARGS)  more arguments for demo, test, test-fast, bench, bench-gate, report, aot and sanitize"
 	@echo "  QUICK=$(QUICK)  anything: make bench takes ten minutes"
 	@echo "  TRACE=$(TRACE)  CSV file of arrival times and lengths that make bench replays"

@@ -16,6 +16,7 @@ from benchmarks.quality.sequences import TokenSequence
 
 MODEL = "demo"
 PATH = "/v1/flexquant"
+OPERATOR_HEADER = "X-FlexQuant-Key"
 TIMEOUT = 600.0
 
 
@@ -33,14 +34,20 @@ class ChatRun:
 
 
 class Client:
-    """One server's client. `templated` says whether the model has a chat template."""
+    """One server's client.
 
-    def __init__(self, url: str, templated: bool) -> None:
+    Args:
+        templated: whether the model has a chat template.
+        key: the operator's, which changes of the policy need.
+    """
+
+    def __init__(self, url: str, templated: bool, key: str = "") -> None:
         self.templated = templated
         self.openai = AsyncOpenAI(
             base_url=f"{url}/v1", api_key="none", timeout=TIMEOUT, max_retries=0
         )
-        self.http = httpx.AsyncClient(base_url=url, timeout=TIMEOUT)
+        headers = {OPERATOR_HEADER: key} if key else {}
+        self.http = httpx.AsyncClient(base_url=url, timeout=TIMEOUT, headers=headers)
 
     async def close(self) -> None:
         """Close the connections."""

@@ -3,10 +3,12 @@
 
     python -m demo.run [--model NAME_OR_PATH] [--out FOLDER] [--fast]
 
-Computes what the unquantized model says of a text, serves the model in bf16 without flexquant,
-then once with `--quantization flexquant`, where the policy is changed while it serves: all layers
-at 8, 6 and 4 bits, and by entropy. Each policy answers the same dozen chat requests and decodes
-the same text. The results: a table, a picture of the entropy run, and all numbers as JSON.
+Computes what the unquantized model says of a text, then serves it twice: without flexquant, in
+the dtype that one would serve unquantized on this CPU, and with `--quantization flexquant`. Both
+servers are up at once and take turns. The policy of the second is changed while it serves: all
+layers at 8, 6 and 4 bits, and by entropy. The first server and each policy answer the same dozen
+chat requests and decode the same text. The results: a table, a picture of the entropy run, and
+all numbers as JSON.
 """
 
 from __future__ import annotations
@@ -14,12 +16,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import secrets
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -40,6 +44,7 @@ from benchmarks.quality.sequences import (
     scored,
     summarise,
 )
+from benchmarks.serving.configurations import UNQUANTIZED, unquantized
 from demo import report
 from demo.client import MODEL, ChatRun, Client
 from demo.get_model import ModelError, get_model
@@ -59,7 +64,7 @@ POLICIES: dict[str, dict[str, Any]] = {
 TRACE_STEPS = 4000
 KNOWN_ERRORS = (ModelError, ServerError, ValueError, OSError, subprocess.SubprocessError)
 ARGUMENTS = (
-    *("--served-model-name", MODEL, "--dtype", "bfloat16", "--max-model-len", "1024"),
+    *("--served-model-name", MODEL, "--max-model-len", "1024"),
     *("--max-num-seqs", "16", "--enforce-eager", "--logits-processors", PROCESSOR),
     # a cached prefix would bring the keys and values of one policy into another
     *("--no-enable-prefix-caching", "--disable-uvicorn-access-log"),
@@ -68,8 +73,12 @@ ARGUMENTS = (
 
 @dataclass
 class Demo:
-    """One run: what it works on and what it found."""
+    """One run: what it works on and what it found.
 
+    baseline: name of the unquantized engine that speeds are compared with.
+    """
+
+    baseline: str
     model: str
     served: str
     out: Path
@@ -85,6 +94,7 @@ class Demo:
     steps: list[dict[str, Any]] = field(default_factory=list)
     answer: str = ""
     start_seconds: dict[str, float] = field(default_factory=dict)
+    key: str = field(default_factory=lambda: secrets.token_hex(16), repr=False)
 
     def compute_reference(self) -> int:
         """Write the reference's log-probabilities; returns the weights of all linear layers."""
@@ -95,70 +105,85 @@ class Demo:
         index = json.loads((self.work / "reference.json").read_text(encoding="utf-8"))
         return int(index["linear_weights"])
 
-    def serve(
-        self, name: str, model: str, arguments: Sequence[str], environ: dict[str, str]
-    ) -> VllmServer:
-        """A server that teacher-forces and records; started and answering."""
+    def servers(self) -> tuple[VllmServer, VllmServer]:
+        """Without flexquant and with it, not started; both teacher-force and record."""
         benchmark = {
             "BENCH_REFERENCE": str(self.work / "reference.npy"),
             "BENCH_RECORD": str(self.work / "records.jsonl"),
         }
-        log = self.out / f"{name}.log"
-        server = VllmServer(model, [*ARGUMENTS, *arguments], benchmark | environ, log)
+        arguments = [*ARGUMENTS, "--dtype", UNQUANTIZED[self.baseline]]
+        disabled = benchmark | {"VLLM_FLEXQUANT_DISABLE": "1"}
+        enabled = benchmark | {
+            "VLLM_PLUGINS": "flexquant",  # vLLM serves only the endpoints of plugins named here
+            "VLLM_FLEXQUANT_OPERATOR_KEY": self.key,
+            "VLLM_FLEXQUANT_TRACE_STEPS": str(TRACE_STEPS),
+        }
+        log = self.out / f"{self.baseline}.log"
+        stock = VllmServer(self.model, arguments, disabled, log)
+        arguments += ["--quantization", "flexquant"]
+        return stock, VllmServer(self.served, arguments, enabled, self.out / "flexquant.log")
+
+    def start(self, servers: Sequence[VllmServer]) -> None:
+        """Start all at once, as most of a start uses one core, and wait until they answer."""
+        for server in servers:
+            server.launch()
+            self.console.print(f"  {server.log.stem}: log in {server.log}")
         with self.console.status("") as status:
-            server.start(lambda s: status.update(f"vllm serve ({name}) is starting: {s:.0f} s"))
-        self.start_seconds[name] = server.start_seconds
-        self.console.print(f"  answers after {server.start_seconds:.0f} s; log in {log}")
-        return server
+            for server in servers:
+                server.wait(lambda s: status.update(f"{len(servers)} servers start: {s:.0f} s"))
+                self.start_seconds[server.log.stem] = server.start_seconds
+        self.console.print(f"  all answer after {max(self.start_seconds.values()):.0f} s")
 
-    async def measure_baseline(self, url: str, weights: int) -> None:
-        """The server without flexquant."""
-        client = Client(url, self.templated)
-        try:
-            await self._warm_up(client)
-            chats = []
-            for number in range(1, self.rounds + 1):
-                with self.console.status(self._title(report.BASELINE, number)):
-                    chats.append(await client.chat(PROMPTS, self.max_tokens, lambda text: None))
-            await self._force(client, report.BASELINE)
-        finally:
-            await client.close()
-        same = {"mean_bits": 16.0, "bytes_per_step": 2.0 * weights}
-        self._add(report.BASELINE, chats, same, same)
-
-    async def measure_policies(self, url: str) -> None:
-        """The server with flexquant: chat under each policy in turn, round by round; the text."""
-        client = Client(url, self.templated)
-        chats: dict[str, list[ChatRun]] = {name: [] for name in POLICIES}
+    async def measure(self, stock: VllmServer, flexquant: VllmServer, weights: int) -> None:
+        """Chat with the baseline and under each policy in turn, round by round; then the text."""
+        plain = Client(stock.url, self.templated)
+        switched = Client(flexquant.url, self.templated, self.key)
+        chats: dict[str, list[ChatRun]] = {name: [] for name in (self.baseline, *POLICIES)}
         steps: dict[str, list[dict[str, Any]]] = {name: [] for name in POLICIES}
         try:
-            await self._warm_up(client)
+            for client in (plain, switched):
+                await client.chat(PROMPTS[:2], 4, lambda text: None)  # warm up
             for number in range(1, self.rounds + 1):
-                for name, changes in POLICIES.items():
-                    before = await self._begin(client, changes)
-                    async with LiveView(client, self._title(name, number), self.console) as live:
-                        chats[name].append(
-                            await client.chat(PROMPTS, self.max_tokens, live.show_answer)
-                        )
-                    self.steps = await self._steps_since(client, before)
+                take_turn(stock, flexquant)
+                with self.console.status(self._title(self.baseline, number)):
+                    run = await plain.chat(PROMPTS, self.max_tokens, lambda text: None)
+                self._say_speed(number, self.baseline, run)
+                chats[self.baseline].append(run)
+                take_turn(flexquant, stock)
+                for name in POLICIES:
+                    chats[name].append(await self._chat(switched, name, number))
                     steps[name] += self.steps
-                    speed = chats[name][-1].tokens_per_second
-                    self.console.print(f"  round {number}, {name}: {speed:.1f} tokens/s")
             self.answer = chats[name][-1].text
+            take_turn(stock, flexquant)
+            await self._force(plain, self.baseline)
+            bits = report.BITS[self.baseline]
+            same = {"mean_bits": float(bits), "bytes_per_step": weights * bits / 8}
+            self._add(self.baseline, chats[self.baseline], same, same)
+            take_turn(flexquant, stock)
             for name, changes in POLICIES.items():
-                before = await self._begin(client, changes)
-                await self._force(client, name)
-                text_steps = await self._steps_since(client, before)
+                before = await self._begin(switched, changes)
+                await self._force(switched, name)
+                text_steps = await self._steps_since(switched, before)
                 chat_summary = trace.summarise(self.layers, steps[name])
                 self._add(name, chats[name], chat_summary, trace.summarise(self.layers, text_steps))
         finally:
-            await client.close()
+            await plain.close()
+            await switched.close()
+
+    async def _chat(self, client: Client, name: str, number: int) -> ChatRun:
+        """All requests under a policy, whose steps are kept."""
+        before = await self._begin(client, POLICIES[name])
+        async with LiveView(client, self._title(name, number), self.console) as live:
+            run = await client.chat(PROMPTS, self.max_tokens, live.show_answer)
+        self.steps = await self._steps_since(client, before)
+        self._say_speed(number, name, run)
+        return run
+
+    def _say_speed(self, number: int, name: str, run: ChatRun) -> None:
+        self.console.print(f"  round {number}, {name}: {run.tokens_per_second:.1f} tokens/s")
 
     def _title(self, name: str, number: int) -> str:
         return f"{name}: {len(PROMPTS)} chat requests, round {number} of {self.rounds}"
-
-    async def _warm_up(self, client: Client) -> None:
-        await client.chat(PROMPTS[:2], 4, lambda text: None)
 
     async def _begin(self, client: Client, changes: dict[str, Any]) -> int:
         """Set the policy; returns the number of the next step."""
@@ -216,6 +241,7 @@ def run(options: argparse.Namespace, console: Console) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="flexquant-demo-") as work:
         demo = Demo(
+            baseline=unquantized(facts["machine"]["flags"]),
             model=model,
             served=str(options.calibrated or calibrated_checkpoint(Path(model)) or model),
             out=options.out,
@@ -223,30 +249,33 @@ def run(options: argparse.Namespace, console: Console) -> None:
             console=console,
             sequences=sequences,
             templated=bool(tokenizer.chat_template),
-            max_tokens=32 if options.fast else 64,
+            max_tokens=32 if options.fast else 48,
             rounds=1 if options.fast else 3,
         )
-        console.rule("2 reference: the unquantized checkpoint in fp32")
-        weights = demo.compute_reference()
-        console.rule("3 vllm serve --dtype bfloat16")
-        disabled = {"VLLM_FLEXQUANT_DISABLE": "1"}
-        with demo.serve("bf16", model, (), disabled) as server:
-            watched(server, demo.measure_baseline(server.url, weights))
-        console.rule("4 vllm serve --dtype bfloat16 --quantization flexquant")
+        console.print(f"  {report.baseline_reason(demo.baseline)}")
         if demo.served != model:
             console.print(f"  calibrated checkpoint: {Path(demo.served).name}")
             facts["calibrated"] = {
                 "name": Path(demo.served).name,
                 "sha256": hash_model(Path(demo.served)),
             }
-        environ = {
-            "VLLM_PLUGINS": "flexquant",  # vLLM serves only the endpoints of plugins named here
-            "VLLM_FLEXQUANT_TRACE_STEPS": str(TRACE_STEPS),
-        }
-        arguments = ("--quantization", "flexquant")
-        with demo.serve("flexquant", demo.served, arguments, environ) as server:
-            watched(server, demo.measure_policies(server.url))
+        serve = f"vllm serve --dtype {UNQUANTIZED[demo.baseline]}"
+        console.rule("2 reference: the unquantized checkpoint in fp32")
+        weights = demo.compute_reference()
+        console.rule(f"3 {serve}, and with --quantization flexquant")
+        stock, flexquant = servers = demo.servers()
+        with ExitStack() as stack:
+            for server in servers:
+                stack.callback(server.stop)
+            demo.start(servers)
+            watched(servers, demo.measure(stock, flexquant, weights))
     finish(demo, options, facts, time.monotonic() - began)
+
+
+def take_turn(runs: VllmServer, waits: VllmServer) -> None:
+    """Let one server run, and the other take no time from it."""
+    waits.pause()
+    runs.resume()
 
 
 def calibrated_checkpoint(model: Path) -> Path | None:
@@ -255,37 +284,41 @@ def calibrated_checkpoint(model: Path) -> Path | None:
     return found if (found / SIDECAR).is_file() else None
 
 
-def watched(server: VllmServer, work: Any) -> None:
-    """Run `work`; when it fails because the server died, say that instead."""
+def watched(servers: Sequence[VllmServer], work: Coroutine[Any, Any, None]) -> None:
+    """Run `work`; when it fails because a server died, say that instead."""
     try:
         asyncio.run(work)
     except (openai.APIError, httpx.HTTPError) as error:
         time.sleep(1)  # a dying server takes a moment
-        server.check()
-        raise ServerError(f"a request failed: {error}\n{server.tail()}") from None
+        for server in servers:
+            server.check()
+        logs = " and ".join(str(server.log) for server in servers)
+        raise ServerError(f"a request failed: {error}; the logs are {logs}") from None
 
 
 def finish(demo: Demo, options: argparse.Namespace, facts: dict[str, Any], seconds: float) -> None:
     """Write JSON and picture, print the table."""
     console = demo.console
-    rows = report.with_ratios(demo.rows)
+    rows = report.with_ratios(demo.rows, demo.baseline)
     dequantized = (Path(demo.model) / "conversion.json").is_file()
-    tokens = rows[report.BASELINE]["text"]["tokens"]
+    tokens = rows[demo.baseline]["text"]["tokens"]
     calibrated = demo.served != demo.model
-    remarks = report.notes(dequantized, tokens, demo.rounds, facts["machine"]["flags"], calibrated)
+    flags = facts["machine"]["flags"]
+    remarks = report.notes(demo.baseline, dequantized, tokens, demo.rounds, flags, calibrated)
     results = {
         "seconds": seconds,
         "start_seconds": demo.start_seconds,
+        "baseline": demo.baseline,
         "max_tokens": demo.max_tokens,
         "notes": remarks,
         "policies": rows,
     }
     write_json(options.out / "demo.json", results, facts)
-    console.rule("5 result")
+    console.rule("4 result")
     console.print("An answer under policy entropy:", style="bold")
     console.print(demo.answer.strip(), style="italic", markup=False, highlight=False)
     console.print()
-    report.show(console, rows, remarks)
+    report.show(console, rows, demo.baseline, remarks)
     picture = options.out / "entropy.png"
     title = f"{Path(demo.model).name}: policy entropy, {len(PROMPTS)} chat requests"
     if plot_run(demo.layers, demo.steps, picture, title):
@@ -305,7 +338,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=ROOT / "demo" / "out")
     parser.add_argument(
-        "--fast", action="store_true", help="one round, half the tokens and half the text"
+        "--fast", action="store_true", help="one round, fewer tokens and half the text"
     )
     options = parser.parse_args()
     console = Console()

@@ -72,6 +72,7 @@ class VllmServer:
             **environ,
         }
         self._process: subprocess.Popen[bytes] | None = None
+        self._launched = 0.0
         self.start_seconds = 0.0
 
     def __enter__(self) -> VllmServer:
@@ -93,30 +94,42 @@ class VllmServer:
         Raises:
             ServerError: it died, or does not answer in time.
         """
+        self.launch()
+        self.wait(waiting)
+
+    def launch(self) -> None:
+        """Start the server and return at once."""
         if self._process is not None:
             raise ServerError("the server was started already")
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        began = time.monotonic()
+        self._launched = time.monotonic()
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen(
+                self.command,
+                env=self.environ,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def wait(self, waiting: Callable[[float], None] = lambda seconds: None) -> None:
+        """Wait until the server that was launched answers; `waiting` gets the seconds since then.
+
+        Raises:
+            ServerError: it died, or does not answer in time.
+        """
         try:
-            with self.log.open("wb") as log:
-                self._process = subprocess.Popen(
-                    self.command,
-                    env=self.environ,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
             while not self._healthy():
                 self.check()
-                if time.monotonic() - began > START_SECONDS:
+                if time.monotonic() - self._launched > START_SECONDS:
                     raise ServerError(f"no answer after {START_SECONDS} s\n{self.tail()}")
-                waiting(time.monotonic() - began)
+                waiting(time.monotonic() - self._launched)
                 time.sleep(1)
         except BaseException:
             self.stop()
             raise
-        self.start_seconds = time.monotonic() - began
+        self.start_seconds = time.monotonic() - self._launched
 
     def _healthy(self) -> bool:
         try:

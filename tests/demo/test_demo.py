@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 from rich.console import Console
@@ -13,7 +14,7 @@ from rich.console import Console
 from benchmarks.provenance import package_versions
 from demo import live, report, server
 from demo.prompts import PROMPTS
-from demo.run import calibrated_checkpoint
+from demo.run import calibrated_checkpoint, take_turn
 
 STATUS = {
     "options": {"policy": "entropy"},
@@ -65,22 +66,32 @@ def test_live_view_of_an_idle_server():
 
 
 def test_table_has_ratios_and_fits_a_terminal():
-    rows = report.with_ratios({"bf16": row(100, 0.001), "static 8": row(150, 0.0123)})
-    assert rows["static 8"]["speed_to_bf16"] == 1.5
-    text = printed(report.table(rows))
+    rows = report.with_ratios({"fp32": row(100, 0.001), "static 8": row(150, 0.0123)}, "fp32")
+    assert rows["static 8"]["speed_to_baseline"] == 1.5
+    text = printed(report.table(rows, "fp32"))
     assert "1.50 x" in text
+    assert "to fp32" in text
     assert "0.0123 ± 0.0012" in text
     assert "bits: chat" in text
     assert "…" not in text
 
 
 def test_remarks_name_the_reference():
-    assert "dequantized GGUF" in report.notes(True, 9, 3, [])
-    assert "calibrated checkpoint" in report.notes(True, 9, 3, [], calibrated=True)
-    plain = report.notes(False, 9, 3, ["amx_bf16"])
+    assert "dequantized GGUF" in report.notes("bf16", True, 9, 3, [])
+    assert "calibrated checkpoint" in report.notes("bf16", True, 9, 3, [], calibrated=True)
+    plain = report.notes("bf16", False, 9, 3, ["amx_bf16"])
     assert "GGUF" not in plain
     assert "AMX" in plain
     assert "without calibration" in plain
+
+
+def test_the_baseline_is_named_with_its_reason():
+    emulated = report.notes("fp32", False, 9, 3, ["avx2"])
+    assert "Baseline: fp32. This CPU has no instructions for bf16" in emulated
+    assert "for fp32 4 bytes per weight" in emulated
+    native = report.notes("bf16", False, 9, 3, ["avx512_bf16"])
+    assert "Baseline: bf16" in native
+    assert "for bf16 2 bytes per weight" in native
 
 
 @pytest.fixture
@@ -128,6 +139,25 @@ def test_server_goes_with_its_children(fake_server):
             break
         time.sleep(0.1)
     assert not alive(child)
+
+
+def test_servers_are_launched_together_and_take_turns(fake_server):
+    first, second = servers = fake_server(LISTEN), fake_server(LISTEN)
+    try:
+        for running in servers:
+            running.launch()
+        for running in servers:
+            running.wait()
+            assert running.start_seconds > 0
+        take_turn(second, first)
+        assert second._healthy()
+        with pytest.raises(TimeoutError):
+            urlopen(f"{first.url}/health", timeout=0.5)
+        take_turn(first, second)
+        assert first._healthy()
+    finally:
+        for running in servers:
+            running.stop()
 
 
 def test_server_that_ignores_the_kind_signal_is_killed(fake_server, monkeypatch):
