@@ -166,7 +166,7 @@ class Simulation:
             state.seen[places] = False
             for position in range(told.shape[1]):
                 tokens = start + places, np.full(rows, position)
-                policy.begin(state, StepFacts(facts, (position,) * rows))
+                policy.begin(state, StepFacts(facts, rows))
                 if served in ("probe", "both"):
                     policy.decide(state, told[tokens])
                 first, later = state.decisions[[FIRST, LATER], 0].tolist()

@@ -98,7 +98,7 @@ def test_kernels_use_at_each_step_the_widths_decided_after_the_step_before(fresh
         average = newest if average is None else decay * average + (1 - decay) * newest
         assert now["average"][0] == pytest.approx(average, rel=1e-5)
         state.average[0], state.seen[0] = now["average"][0], True
-        Entropy().begin(state, StepFacts(np.zeros((4, 1), dtype=np.int64), (0,)))
+        Entropy().begin(state, StepFacts(np.zeros((4, 1), dtype=np.int64), 1))
         assert now["level"] == state.decisions[LATER, 0]
 
 

@@ -106,6 +106,7 @@ def test_what_is_spent_meets_what_is_asked_and_a_new_budget_is_a_new_account():
     made.change({"budget": 0.1})
     assert budget(made)["tokens"] == 0
     assert budget(made)["asked_nats"] == 0.1
+    assert budget(made)["balance_nats"] == 0
     assert budget(made, "fast")["asked_nats"] == 0.1
     assert telemetry(made).now()["accounts"]["balanced"]["counters"]["tokens"] == 3000
 
@@ -297,14 +298,22 @@ def test_the_operator_calls_the_planner_of_its_table_and_leaves_its_argument_alo
     torch.library.opcheck(torch.ops.flexquant.probe.default, (x, width))
 
 
-def test_a_forward_pass_that_no_step_announced_is_not_read():
+@pytest.mark.parametrize("probed", [True, False])
+def test_a_forward_pass_that_no_step_announced_is_not_read(probed):
     """As vLLM runs one for an idle rank: of fewer rows than the step before had."""
-    made = calibrated()
-    step(made, "abcdefgh", logs=[0.0] * 8)
+    made, hard = calibrated(), torch.full((1, 4), 3.0)
+    made.step(batch("abcdefgh"))
+    if probed:
+        made.probe(torch.zeros(8, 4))
+    else:
+        made.logits(torch.zeros(8, 30))
     decided, scores = widths(made), made.state.scores.copy()
-    made.probe(torch.full((1, 4), 3.0))
+    made.probe(hard)
     assert widths(made) == decided
     np.testing.assert_array_equal(made.state.scores, scores)
+    made.step(batch("a"))
+    made.probe(hard)
+    assert made.state.scores[0] == pytest.approx(np.exp(3.0))
 
 
 def test_compiled_code_keeps_the_probe_before_the_layers_that_it_decides():

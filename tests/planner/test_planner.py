@@ -69,6 +69,22 @@ def test_prompt_chunks_that_are_not_the_last_teach_nothing():
     assert not made.state.seen[:8].any()
 
 
+def test_a_request_that_takes_a_slot_begins_anew_in_it():
+    made = planner(entropy_decay=0.9)
+    start(made, 0)
+    for heat in (9.0, 1.0):
+        made.step(batch("a"))
+        made.logits(logits(heat))
+    kept = float(made.state.average[0])
+    made.ended(0)
+    start(made, 0)
+    made.step(batch("a"))
+    made.logits(logits(1.0))
+    nats = float(reference.entropy(logits(1.0))[0])
+    assert float(made.state.average[0]) == pytest.approx(nats)
+    assert nats < kept - 0.1
+
+
 def test_pins_bounds_and_floors():
     made = planner()
     made.change({"width": 4})

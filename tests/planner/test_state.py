@@ -93,7 +93,7 @@ def facts_and_moments(pick, facts, dtype, bad):
 
 
 def begin(state, policy, facts):
-    policy.begin(state, StepFacts(facts, [0] * facts.shape[1]))
+    policy.begin(state, StepFacts(facts, facts.shape[1]))
     if not policy.writes:
         write_widths(state)
 

@@ -77,7 +77,7 @@ def begin(state, accounts, policy=None):
     n = len(accounts)
     facts = like(state, [[*range(n)], [*range(n)], accounts, [*range(n)]], torch.int64)
     fill(state, probes=int(n > 0))
-    policy.begin(state, StepFacts(facts.reshape(4, n), [0] * n))
+    policy.begin(state, StepFacts(facts.reshape(4, n), n))
     return policy
 
 

@@ -48,7 +48,7 @@ def decide(
         state.tensor("seen")[slots] = torch.tensor(seen, dtype=torch.bool)
         fill(state, decisions=[[level, held]] * 3)
         facts = view(torch.tensor([slots] * 4, dtype=torch.int64))
-        made.begin(state, StepFacts(facts, position or [0] * len(slots)))
+        made.begin(state, StepFacts(facts, len(slots), position or [0] * len(slots)))
         assert state.tensor("decisions").dtype == torch.int32
         decisions = state.tensor("decisions").tolist()
         assert decisions[FIRST] == decisions[LATER]

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_flexquant.planner.step import RanAt
-from vllm_flexquant.telemetry.snapshot import Snapshots, finite
+from vllm_flexquant.telemetry.snapshot import Snapshots
+from vllm_flexquant.values import finite
 
 pytestmark = pytest.mark.usefixtures("machinery")
 

@@ -36,6 +36,7 @@ class Clock:
             rows: sequences that decoded in both steps; cost: of the step before, over one at the
                 best level, None if it is not known or was of other sequences.
         """
+        delayed, self._delayed = self._delayed, frozenset()
         self._steps += 1
         turn = self._steps % _CLOCKED
         every = self.every or self.load.target is not None
@@ -43,7 +44,7 @@ class Clock:
             return
         now = time.perf_counter()
         self.seconds, self._began = now - self._began, now
-        if not self._delayed.isdisjoint(slots):
+        if not delayed.isdisjoint(slots):
             self.load.book_prompt(self.seconds)  # else the engine may have rested between
         if cost is not None and (every or turn == 1):
             self.load.book(rows, cost, self.seconds)

@@ -60,13 +60,16 @@ class Ledger:
                 "booked_nats": float(booked[line] / max(of_late[line], 1.0)),
                 "tokens": float(of_late[line]),
                 "correction": float(raised[line]),
-                "can_be_met": bool(asked[line] >= self.best),
             }
 
+        classes = {
+            name: account(line) | {"can_be_met": bool(asked[line] >= self.best)}
+            for name, line in names.items()
+        }
         own = [line for line in range(FIRST_OWN, ACCOUNTS) if tokens[line] > 0]
         return {
             "best_nats": self.best,
-            "classes": {name: account(line) for name, line in names.items()},
+            "classes": classes,
             "own": [account(line) for line in own],
         }
 

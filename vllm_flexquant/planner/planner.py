@@ -32,7 +32,7 @@ from vllm_flexquant.planner.sequences import SequenceEntropy
 from vllm_flexquant.planner.state import fill, make_state
 from vllm_flexquant.planner.step import Batch, BatchFacts, RanAt
 from vllm_flexquant.planner.table import PrecisionTable, WeightError
-from vllm_flexquant.planner.watcher import Watcher
+from vllm_flexquant.planner.watcher import Watchers
 from vllm_flexquant.policy.arrays import Array, copied, indices, numbers, tensor, view
 from vllm_flexquant.policy.budget import OTHER
 from vllm_flexquant.policy.choose import make_policy, parameters, resolve_policy
@@ -67,7 +67,7 @@ class Planner:
     def __init__(self, options: FlexQuantOptions, terms: Terms) -> None:
         self.options, self.terms = options, terms
         self._default = terms.grant(None)
-        self.watchers: list[Watcher] = []
+        self.watchers = Watchers()
         self.speculates = False
         """Somebody can go by the option `speculate`."""
         self.table: PrecisionTable | None = None
@@ -168,10 +168,10 @@ class Planner:
         by_probe = options.signal in ("probe", "both") and self.model.listening is not None
         self._probes = by_probe and self.policy.books
         self._facts_from = self._pinned_at = None
-        nobody = StepFacts(indices([[]] * 4, self.state.table), ())
+        nobody = StepFacts(indices([[]] * 4, self.state.table), 0)
         self._begin(self._bounds.of(self.facts.floor), nobody)
-        for watcher in self.watchers:
-            watcher.changed(options)
+        for tell in self.watchers.changed:
+            tell(options)
 
     def change(self, changes: Mapping[str, Any], apply: bool = True) -> None:
         """Go by other options from the next step on.
@@ -190,8 +190,8 @@ class Planner:
                 f"speculate is {options.speculate}, but the engine was started without "
                 "self-speculation; start it with option speculate"
             )
-        for watcher in self.watchers:
-            watcher.check(options)
+        for tell in self.watchers.check:
+            tell(options)
         if apply:
             self.count()
             self._adopt(options)
@@ -213,8 +213,8 @@ class Planner:
     def step(self, batch: Batch) -> None:
         """Decide the widths of this step and write the table."""
         ran = self.count()
-        for watcher in self.watchers:
-            watcher.deciding()
+        for tell in self.watchers.deciding:
+            tell()
         if self._new:
             self.sequences.forget(self._new)
             self._new = []
@@ -227,13 +227,16 @@ class Planner:
         decoding = self.facts.decoding
         self.clock.tick(batch.slots, len(decoding), cost)
         bounds = self._bounds_now()
-        positions = [batch.positions[i] for i in decoding]
-        self._begin(bounds, StepFacts(self.facts.sequences, positions))
+        step = StepFacts(self.facts.sequences, len(decoding))
+        if self.policy.by_position:
+            step.positions = [batch.positions[i] for i in decoding]
+        self._begin(bounds, step)
         self._ran_in = bounds if decoding and not self.facts.prompts else None
-        self.clock.delays([batch.slots[i] for i in decoding] if self.facts.prompts else ())
+        if self.facts.prompts:
+            self.clock.delays([batch.slots[i] for i in decoding])
         self.steps += 1
-        for watcher in self.watchers:
-            watcher.began()
+        for tell in self.watchers.began:
+            tell()
 
     def _facts_of(self, batch: Batch) -> BatchFacts:
         granted = [self.grants.get(slot, self._default) for slot in batch.slots]
@@ -277,8 +280,8 @@ class Planner:
             state.bounds[0], state.bounds[1] = bounds
         else:
             state.bounds[:] = indices(bounds, state.bounds)
-        state.ceiling[:] = self.ceiling()
-        state.probes[:] = self._armed
+        state.ceiling[0] = self.ceiling()
+        state.probes[0] = self._armed
         self.policy.begin(state, step)
         if self._agree is not None and not self.policy.pinned:
             self._agree_from(0)
@@ -334,8 +337,8 @@ class Planner:
         booked = self.policy.books and not drafted and len(self.facts.decoding) > 0
         if booked:
             self.policy.book(self.state, entropy)
-        for watcher in self.watchers:
-            watcher.ended(entropy, booked)
+        for tell in self.watchers.ended:
+            tell(entropy, booked)
 
     # ---- what has run
 
@@ -349,8 +352,8 @@ class Planner:
             return None
         first, later = self.state.decisions[: LATER + 1, 0].tolist()
         ran = RanAt(*bounds, first, later)
-        for watcher in self.watchers:
-            watcher.ran(ran)
+        for tell in self.watchers.ran:
+            tell(ran)
         return ran
 
     def _cost_of(self, ran: RanAt) -> float | None:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from vllm_flexquant.options import FlexQuantOptions
 from vllm_flexquant.planner.step import RanAt
 from vllm_flexquant.policy.arrays import Array
@@ -37,3 +39,21 @@ class Watcher:
             entropy: fp32 nats by place in the batch, valid until the next step.
             booked: they went into the accounts.
         """
+
+
+class Watchers:
+    """All that watch a planner, by what each of them wants to hear."""
+
+    def __init__(self) -> None:
+        self.check: list[Callable[[FlexQuantOptions], None]] = []
+        self.changed: list[Callable[[FlexQuantOptions], None]] = []
+        self.ran: list[Callable[[RanAt], None]] = []
+        self.deciding: list[Callable[[], None]] = []
+        self.began: list[Callable[[], None]] = []
+        self.ended: list[Callable[[Array, bool], None]] = []
+
+    def add(self, watcher: Watcher) -> None:
+        """From now on it is told."""
+        for event, told in vars(self).items():
+            if getattr(type(watcher), event) is not getattr(Watcher, event):
+                told.append(getattr(watcher, event))

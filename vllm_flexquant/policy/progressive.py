@@ -16,6 +16,8 @@ class Progressive(Policy):
     all levels. The youngest answer in the batch rules.
     """
 
+    by_position = True
+
     def begin(self, state: State, step: StepFacts) -> None:
         if not len(step):
             return

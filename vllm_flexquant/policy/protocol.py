@@ -24,19 +24,21 @@ _MOST_HELD = 1 << 30
 """Where the count of steps since the last change ends, long before it would wrap."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class StepFacts:
     """The sequences that decode in a step.
 
     sequences: int64 [4, n], their slots, rows of the forward pass, accounts and places in the
-    batch; the same array while the batch is the same. positions: tokens that each has generated.
+    batch; the same array while the batch is the same. count: n. positions: tokens that each has
+    generated, for a policy that asks for them.
     """
 
     sequences: Array
-    positions: Sequence[int]
+    count: int
+    positions: Sequence[int] = ()
 
     def __len__(self) -> int:
-        return len(self.positions)
+        return self.count
 
 
 class Policy:
@@ -44,6 +46,8 @@ class Policy:
 
     pinned = False
     """The level does not depend on the step."""
+    by_position = False
+    """It goes by `StepFacts.positions`."""
     writes = False
     """`begin` writes the table too."""
     books = False

@@ -89,7 +89,7 @@ class SelfSpeculation(Watcher):
         self._ways: object = None
         self.check(options)
         self.changed(options)
-        planner.watchers.append(self)
+        planner.watchers.add(self)
         planner.speculates = planner.clock.elsewhere = True
 
     def check(self, options: FlexQuantOptions) -> None:

@@ -106,7 +106,7 @@ def replay(trace: Trace, changes: Mapping[str, Any] | None = None) -> Replayed:
         fill(state, bounds=[step.low, step.high], ceiling=step.ceiling)
         state.probes[:] = probes and len(places) > 0
         facts = np.stack([places, places, step.accounts, places])
-        policy.begin(state, StepFacts(facts, step.position.tolist()))
+        policy.begin(state, StepFacts(facts, len(places), step.position.tolist()))
         if state.probes[0]:
             policy.decide(state, _scores(step))
         if step.booked:

@@ -39,7 +39,7 @@ class Snapshots(Watcher):
         self._layers = self._describe_layers()
         self._last: dict[str, Any] = {}
         self._taken = -math.inf
-        planner.watchers.append(self)
+        planner.watchers.add(self)
 
     def changed(self, options: FlexQuantOptions) -> None:
         """What was told is no longer so."""

@@ -175,7 +175,7 @@ class Recorder(Watcher):
         self._until_snapshot = 0
         self._open: Step | None = None
         self._state = carried(planner.state)
-        planner.watchers.append(self)
+        planner.watchers.add(self)
         planner.clock.every = True
 
     def changed(self, options: FlexQuantOptions) -> None:

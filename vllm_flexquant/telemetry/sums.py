@@ -24,7 +24,7 @@ class Sums(Watcher):
         self._last: RanAt | None = None
         self._bits_of: dict[tuple[int, int], np.ndarray] = {}
         """By bounds, of which there are no more than pairs of widths."""
-        planner.watchers.append(self)
+        planner.watchers.add(self)
 
     def ran(self, step: RanAt) -> None:
         self.steps += 1
