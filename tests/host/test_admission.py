@@ -10,6 +10,7 @@ from vllm import SamplingParams
 from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_flexquant.plugin import register
@@ -66,7 +67,7 @@ def test_a_request_at_all_bits_does_not_read_the_prefix_cache(processor):
 def test_what_cannot_be_kept_is_refused_before_it_is_queued(processor, args, message):
     from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 
-    with pytest.raises(ValueError) as refused:  # noqa: PT011 - the message is checked below
+    with pytest.raises(VLLMValidationError) as refused:
         admitted(processor, asking(**args))
     assert message in str(refused.value)
     assert create_error_response(refused.value).error.code == 400
@@ -77,7 +78,9 @@ def test_each_engine_of_a_process_goes_by_its_own_terms(smollm2, processor):
     other = InputProcessor(gold)
     assert admitted(other, asking(**{"class": "gold"})).skip_reading_prefix_cache
     assert admitted(processor, asking(**{"class": "exact"})).skip_reading_prefix_cache
-    with pytest.raises(ValueError, match="flexquant_class is 'exact'; this server has gold, base"):
+    with pytest.raises(
+        VLLMValidationError, match="flexquant_class is 'exact'; this server has gold, base"
+    ):
         admitted(other, asking(**{"class": "exact"}))
 
 
@@ -93,7 +96,7 @@ def test_beside_other_speculation_it_is_the_same(smollm2):
     ngram = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
     processor = InputProcessor(config_of(smollm2, ngram))
     assert admitted(processor, asking(min_bits=8)).skip_reading_prefix_cache
-    with pytest.raises(ValueError, match="flexquant_min_bits is 60"):
+    with pytest.raises(VLLMValidationError, match="flexquant_min_bits is 60"):
         admitted(processor, asking(min_bits=60))
 
 
@@ -144,5 +147,5 @@ def test_beam_search_keeps_what_was_asked_for(processor, kind):
     assert len(client.seen) == 3
     plain = search(Client(processor), kind(**values))
     assert [params.extra_args for params in plain] == [None] * 3
-    with pytest.raises(ValueError, match="flexquant_min_bits is 60"):
+    with pytest.raises(VLLMValidationError, match="flexquant_min_bits is 60"):
         search(Client(processor), kind(**values, vllm_xargs={"flexquant_min_bits": 60}))

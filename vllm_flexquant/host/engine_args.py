@@ -175,7 +175,8 @@ def prepare_engine_config(config: VllmConfig) -> None:
         quant_config.give({"speculate": config.speculative_config.num_speculative_tokens})
     if config.device_config.device_type == "cpu":
         # once here, so that workers find the kernels built
-        quant_config.rounds_activations = ops.load_native().loaded
+        ops.load_native()
+        quant_config.rounds_activations = ops.native_status().loaded
     quant_config.terms  # noqa: B018 - what cannot be kept is refused now
     if getattr(config.parallel_config, "enable_batch_sharded_sampling", False):
         raise ValueError(

@@ -173,14 +173,17 @@ class Recorder(Watcher):
         self._steps: deque[tuple[Step, Mapping[str, Any] | None]] = deque(maxlen=capacity)
         self._apart = max(min(SNAPSHOT_STEPS, capacity // 4), 1)
         self._until_snapshot = 0
+        self._traced_from = self._shown_from = 0
         self._open: Step | None = None
         self._state = carried(planner.state)
         planner.watchers.add(self)
         planner.clock.every = True
 
     def changed(self, options: FlexQuantOptions) -> None:
-        """What was recorded no longer leads to what will be."""
-        self._steps.clear()
+        """What was recorded no longer leads to what will be: a trace begins anew."""
+        if self._open is not None:
+            self._steps.pop()  # what it ran at is not known any more
+        self._traced_from = self._planner.steps
         self._until_snapshot, self._open = 0, None
 
     def deciding(self) -> None:
@@ -239,15 +242,20 @@ class Recorder(Watcher):
             step.scores = host(state.scores[rows]).astype(np.float32)
         self._open = None
 
-    def _complete(self) -> list[tuple[Step, Mapping[str, Any] | None]]:
-        """Without the step that is under way."""
-        return [kept for kept in self._steps if kept[0] is not self._open]
+    def _complete(self, first: int) -> list[tuple[Step, Mapping[str, Any] | None]]:
+        """From a number on, without the step that is under way."""
+        done = (kept for kept in self._steps if kept[0] is not self._open)
+        return [kept for kept in done if kept[0].number >= first]
 
     def views(self, clear: bool = False) -> list[dict[str, Any]]:
-        """The steps that are kept, oldest first, as `Step.view`."""
-        found = [step.view() for step, _ in self._complete()]
+        """The steps that are kept, oldest first, as `Step.view`.
+
+        Args:
+            clear: do not show them again.
+        """
+        found = [step.view() for step, _ in self._complete(self._shown_from)]
         if clear:
-            self.changed(self._planner.options)
+            self._shown_from = self._planner.steps
         return found
 
     def trace(self) -> Trace:
@@ -261,7 +269,7 @@ class Recorder(Watcher):
             "figures": planner.model.figures,
             "probe_layer": None if listening is None else listening.layer,
         }
-        steps = self._complete()
+        steps = self._complete(self._traced_from)
         begin = next((i for i, (_, state) in enumerate(steps) if state is not None), len(steps))
         kept = steps[begin:]
         state = kept[0][1] if kept else None
