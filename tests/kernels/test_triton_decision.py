@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Triton decision kernel against the controller's plain torch: the same levels and tables."""
+"""The Triton decision kernel against the planner in NumPy: the same levels and tables."""
 
 import random
 from dataclasses import replace
@@ -9,9 +9,11 @@ import torch
 
 from vllm_flexquant.format import PlaneLayout
 from vllm_flexquant.options import FlexQuantOptions
-from vllm_flexquant.planner.planner import Controller
+from vllm_flexquant.planner.planner import Planner
 from vllm_flexquant.planner.step import Batch
 from vllm_flexquant.planner.table import LayerRecord, WeightError, allowed_widths
+from vllm_flexquant.policy.protocol import FIRST
+from vllm_flexquant.requests.grant import Kept, Terms
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # numpy's, of infinity
 
@@ -19,9 +21,10 @@ SLOTS = 9
 ROWS = 6
 
 
-def _controller(tops: tuple[int, ...], layout: str, **options) -> Controller:
-    """A controller on the CPU, of layers that have the widths up to these."""
-    made = Controller(FlexQuantOptions(layout=PlaneLayout.parse(layout), **options))
+def _planner(tops: tuple[int, ...], layout: str, **changes) -> Planner:
+    """A planner on the CPU, of layers that have the widths up to these."""
+    options = FlexQuantOptions(layout=PlaneLayout.parse(layout), **changes)
+    made = Planner(options, Terms.of(options, options.layout.widths, Kept(None)))
     made.allocate(torch.device("cpu"), SLOTS)
     for i, top in enumerate(tops):
         index, _ = made.table.reserve()
@@ -51,19 +54,20 @@ def _rules(gpu, options: FlexQuantOptions):
     )
 
 
-def _beside(gpu, device, made: Controller):
-    """A state with the controller's, and tensors of its own."""
+def _beside(gpu, device, made: Planner):
+    """A state with the planner's, and tensors of its own."""
     state = gpu.make_state(
-        made.ladder.widths.to(device),
+        made.model.ladder.widths.to(device),
         allowed_widths(made.table.layers).to(device),
-        made.sequences.average.to(device, copy=True),
-        made.sequences.seen.to(device, copy=True),
+        made.state.tensor("average").to(device, copy=True),
+        made.state.tensor("seen").to(device, copy=True),
         torch.full((len(made.table.layers) + 2,), -7, dtype=torch.int32, device=device),
         ROWS,
     )
     state.adopt(_rules(gpu, made.options))
-    state.level.copy_(torch.from_numpy(made.last.level))
-    state.held.copy_(torch.from_numpy(made.last.held))
+    level, held = made.state.tensor("decisions")[FIRST]
+    state.level.copy_(level)
+    state.held.copy_(held)
     return state
 
 
@@ -76,25 +80,28 @@ def _entropies(pick: random.Random) -> torch.Tensor:
     return torch.tensor(values)
 
 
-def _steps(gpu, device, pick: random.Random, made: Controller, steps: int) -> None:
+def _steps(gpu, device, pick: random.Random, made: Planner, steps: int) -> None:
     state = _beside(gpu, device, made)
     for _ in range(steps):
-        made.sequences.average.copy_(_entropies(pick))
-        made.sequences.seen.copy_(torch.tensor([pick.random() < 0.8 for _ in range(SLOTS + 1)]))
-        state.average.copy_(made.sequences.average)
-        state.seen.copy_(made.sequences.seen)
+        average, seen = made.state.tensor("average"), made.state.tensor("seen")
+        average.copy_(_entropies(pick))
+        seen.copy_(torch.tensor([pick.random() < 0.8 for _ in range(SLOTS + 1)]))
+        state.average.copy_(average)
+        state.seen.copy_(seen)
         rows = pick.randint(0, ROWS)
         slots = pick.sample(range(SLOTS), rows)
         prompt = [pick.random() < 0.15 for _ in slots]
         floors = [pick.choice([0, 0, 0, 2, 3, 4, 5, 6, 7, 8]) for _ in slots]
         for slot, bits in zip(slots, floors, strict=True):
-            made.admit(slot, {"flexquant_min_bits": bits} if bits else None)
+            made.started(slot, made.terms.grant({"flexquant_min_bits": bits} if bits else None))
+        made._new.clear()  # their averages are given
         names, nothing = [str(s) for s in slots], [0] * rows
-        made.before_forward(Batch(names, slots, prompt, prompt, nothing, nothing))
+        made.step(Batch(names, slots, prompt, prompt, nothing, nothing))
         state.announce(slots, prompt, floors)
         gpu.decide(state)
-        assert int(state.level) == made.last.level.item()
-        assert int(state.held) == made.last.held.item()
+        level, held = made.state.decisions[FIRST].tolist()
+        assert int(state.level) == level
+        assert made.policy.pinned or int(state.held) == held
         layers = len(made.table.layers)
         assert state.table[:layers].tolist() == made.table.widths.tolist()
         assert state.table[layers:].tolist() == [-7, -7]
@@ -109,7 +116,7 @@ def test_decides_as_the_controller_does(gpu, device, aggregate) -> None:
         tops = tuple(pick.choice(widths[1:]) for _ in range(pick.choice([3, 40])))
         bounds = sorted(pick.choices(range(2, 9), k=2))
         low = pick.uniform(0, 2)
-        made = _controller(
+        made = _planner(
             tops,
             layout,
             policy="entropy",
@@ -132,7 +139,7 @@ def test_decides_as_the_controller_does(gpu, device, aggregate) -> None:
     ids=str,
 )
 def test_a_pinned_level_moves_with_floors_alone(gpu, device, options) -> None:
-    made = _controller((8, 6, 8, 4), "4|2|2", policy="manual", **options)
+    made = _planner((8, 6, 8, 4), "4|2|2", policy="manual", **options)
     _steps(gpu, device, random.Random(str(options)), made, 8)
 
 
@@ -140,18 +147,18 @@ def test_ranks_of_a_quantile(gpu, device) -> None:
     """Every rank of a full batch, with ties, and a value below zero, as rounding gives them."""
     values = [0.25, -1e-7, 3.0, 0.25, 1e-30, 2.0]
     for rank, want in enumerate(sorted(values)):
-        made = _controller((8,) * 40, "4|2|2", aggregate="quantile", quantile=rank / 5,
+        made = _planner((8,) * 40, "4|2|2", aggregate="quantile", quantile=rank / 5,
                            hysteresis=0.0, entropy_low=0.0, entropy_high=3.0)  # fmt: skip
-        made.sequences.average[:6] = torch.tensor(values)
-        made.sequences.seen[:6] = True
+        made.state.average[:6] = values
+        made.state.seen[:6] = True
         state = _beside(gpu, device, made)
         state.announce(range(6), [False] * 6, [0] * 6)
         gpu.decide(state)
-        assert int(state.level) == round(max(want, 0) / 3 * (len(made.ladder) - 1))
+        assert int(state.level) == round(max(want, 0) / 3 * (len(made.model.ladder) - 1))
 
 
 def test_what_a_probe_may_still_decide(gpu, device) -> None:
-    made = _controller((8, 8), "4|2|2", min_bits=4, max_bits=6)
+    made = _planner((8, 8), "4|2|2", min_bits=4, max_bits=6)
     state = _beside(gpu, device, made)
     for prompt, floors, bounds in (
         ([False], [0], [4, 6, 1]),
@@ -161,7 +168,7 @@ def test_what_a_probe_may_still_decide(gpu, device) -> None:
         state.announce(range(len(floors)), prompt, floors)
         gpu.decide(state)
         assert state.bounds.tolist() == bounds
-    made.update({"width": 4})
+    made.change({"width": 4})
     state.adopt(_rules(gpu, made.options))
     gpu.decide(state)
     assert state.bounds.tolist() == [8, 8, 0]
@@ -211,9 +218,9 @@ def test_bad_states_say_what_to_do(gpu, device) -> None:
 
 def test_tensors_at_odd_addresses(gpu, device) -> None:
     """The table is part of a larger one, as are the averages."""
-    made = _controller((8, 6, 8), "4|2|2", policy="entropy")
-    made.sequences.average.copy_(torch.linspace(0, 3, SLOTS + 1))
-    made.sequences.seen[:] = True
+    made = _planner((8, 6, 8), "4|2|2", policy="entropy")
+    made.state.tensor("average").copy_(torch.linspace(0, 3, SLOTS + 1))
+    made.state.seen[:] = True
     tables = []
     for by in (0, 1, 3):
         state = _beside(gpu, device, made)

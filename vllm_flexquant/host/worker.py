@@ -87,9 +87,7 @@ class FlexWorkerMixin:
         )
         speculation = draft_setup.start(self.model_runner, planner, ranks)
         on_v2 = hasattr(self.model_runner, "model_state")
-        if on_v2:
-            v2.install(self.model_runner, planner)
-        else:
+        if not on_v2:
             v1.install(self.model_runner, planner, drafts_itself=speculation is not None)
         self._install_probe(planner)
         self._speculation = speculation
@@ -105,6 +103,13 @@ class FlexWorkerMixin:
         )
         self._compile()
         self._announce()
+
+    def compile_or_warm_up_model(self) -> Any:
+        """As vLLM's. V2 warms up with requests of its own, which are no steps to be booked."""
+        done = super().compile_or_warm_up_model()  # type: ignore[misc]
+        if hasattr(self.model_runner, "model_state"):
+            v2.install(self.model_runner, self._config.planner)
+        return done
 
     def _install_probe(self, planner: Planner) -> None:
         """Let the layer that the probe listens to call it, where this rank has that layer."""
@@ -188,11 +193,8 @@ class FlexWorkerMixin:
     def flexquant_trace(self) -> bytes | str:
         """The last `trace_steps` steps as the content of a file that `flexquant replay` reads; the
         reason as text if there is none."""
-        planner = self._config.planner
         if self._recorder is None:
             return "no steps are recorded; start the server with trace_steps, say 10000"
-        if planner.policy.pinned:
-            return f"policy {planner.options.policy} decides nothing; choose another one"
         return self._recorder.trace().dump()
 
     def flexquant_drafts(self) -> list[dict[str, Any]]:
