@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The V2 runner's hooks on hand-made batches: no V2 engine runs here without the interpreter (see README)."""
+"""The V2 runner's hooks on hand-made batches: its engine needs Triton (see README)."""
 
 import dataclasses
 import inspect

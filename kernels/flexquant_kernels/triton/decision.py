@@ -4,7 +4,8 @@
 
 One launch of one program, and no host read: what the host knows of the batch, and the rules that an
 operator may change, lie in buffers at addresses that stay, so that a captured launch stays valid.
-What comes out is what the planner's policy ``entropy`` computes in NumPy, bit by bit; so products and sums are not contracted. Untested on GPUs.
+What comes out is what the planner's policy ``entropy`` computes in NumPy, bit by bit; so products
+and sums are not contracted. Untested on GPUs.
 """
 
 from collections.abc import Sequence
