@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from flexquant_kernels import reference
-from vllm_flexquant.planner.sequences import SequenceEntropy
-from vllm_flexquant.policy.arrays import view
+from vllm_flexquant.policy.entropy import averaged
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_empty"),
@@ -79,9 +78,10 @@ def test_rows_are_independent_of_batch_and_strides(gpu, device, make_logits) -> 
     assert torch.equal(gpu.entropy(moved), alone)
 
 
-def test_tracking_is_that_of_the_controller(gpu, device, make_logits) -> None:
+def test_tracking_is_that_of_the_planner(gpu, device, make_logits) -> None:
     slots, decay = 6, 0.7
-    own, other = (SequenceEntropy(slots, device) for _ in range(2))
+    average, seen = torch.zeros(slots + 1, device=device), torch.zeros(slots + 1, device=device) > 0
+    expected, known = average.clone(), seen.clone()
     generator = torch.Generator().manual_seed(0)
     for step in range(4):
         rows = 1 + step
@@ -89,18 +89,19 @@ def test_tracking_is_that_of_the_controller(gpu, device, make_logits) -> None:
         if step == 2:
             logits[1] = torch.nan
         index = torch.randperm(slots, generator=generator)[:rows].to(device)
-        got = gpu.track_entropy(logits, index, own.average, own.seen, decay)
-        other.update(view(got), view(index), decay)
-        torch.testing.assert_close(own.average, other.average, equal_nan=True)
-        assert torch.equal(own.seen, other.seen)
+        got = gpu.track_entropy(logits, index, average, seen, decay)
+        expected[index] = averaged(expected[index], known[index], got, decay)
+        known[index] = True
+        torch.testing.assert_close(average, expected, equal_nan=True)
+        assert torch.equal(seen, known)
 
 
 def test_discarded_rows_are_not_tracked(gpu, device, make_logits) -> None:
-    state = SequenceEntropy(3, device)
+    average, seen = torch.zeros(4, device=device), torch.zeros(4, device=device) > 0
     index = torch.tensor([3, 1, 3], device=device)
-    got = gpu.track_entropy(make_logits(3, 9).to(device), index, state.average, state.seen, 0.5)
-    assert state.seen.tolist() == [False, True, False, False]
-    assert state.average.tolist() == [0.0, float(got[1]), 0.0, 0.0]
+    got = gpu.track_entropy(make_logits(3, 9).to(device), index, average, seen, 0.5)
+    assert seen.tolist() == [False, True, False, False]
+    assert average.tolist() == [0.0, float(got[1]), 0.0, 0.0]
 
 
 def test_bad_inputs_say_what_to_do(gpu, device) -> None:

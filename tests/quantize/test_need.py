@@ -2,7 +2,9 @@
 import pytest
 import torch
 
+from vllm_flexquant.planner.figures import without_calibration
 from vllm_flexquant.planner.sequences import SequenceEntropy
+from vllm_flexquant.planner.state import empty_state
 from vllm_flexquant.quantize.bins import BINS
 from vllm_flexquant.quantize.need import DECAY, need_of_entropy
 
@@ -22,11 +24,13 @@ def test_need_follows_the_entropy_that_made_it():
 def test_the_average_is_the_engines():
     """Sequences that alternate between two entropies, needs that follow the average before."""
     entropy = torch.tensor([4.0, 0.1] * 50).repeat(3)
-    state = SequenceEntropy(1, torch.device("cpu"))
+    table = torch.zeros(0, dtype=torch.int32)
+    state = empty_state(table, without_calibration([1.0]), slots=1, rows=1)
+    sequences = SequenceEntropy(state)
     before = []
     for nats in entropy[:100]:
         before.append(float(state.average[0]) if state.seen[0] else None)
-        state.update(nats.reshape(1).numpy(), torch.tensor([0]).numpy(), DECAY)
+        sequences.update(nats.reshape(1).numpy(), torch.tensor([0]).numpy(), DECAY)
     high = [b for b in before[10:] if b > 2]
     kl = torch.tensor([2.0 if (b or 0) > 2 else 1.0 for b in before]).repeat(3)
     record = need_of_entropy(kl, entropy, 100)
