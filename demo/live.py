@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from math import fsum
 from typing import Any
 
@@ -32,14 +33,15 @@ def strip(layers: list[dict[str, Any]]) -> Text:
 
 def view(title: str, status: dict[str, Any], answer: str) -> RenderableType:
     """The panel: what `GET /v1/flexquant` says, and what there is of the streamed answer."""
-    entropies = status["entropy_nats"].values()
+    running = status["requests"]
+    entropies = [r["entropy_nats"] for r in running if r["entropy_nats"] is not None]
     entropy = f"{fsum(entropies) / len(entropies):.2f} nats" if entropies else "-"
     facts = Table.grid(padding=(0, 2))
     facts.add_row(
         f"mean [bold]{status['mean_bits']:.2f}[/] bits",
         f"{status['bytes_read_per_step'] / 1e6:.0f} MB per step",
         f"entropy [bold]{entropy}[/]",
-        f"{len(entropies)} requests running",
+        f"{len(running)} requests running",
         f"step {status['steps']}",
     )
     top = max(status["levels"] - 1, 1)
@@ -79,7 +81,8 @@ class LiveView:
     async def __aexit__(self, *_: object) -> None:
         assert self._task is not None
         self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
+        with suppress(asyncio.CancelledError):
+            await self._task
         self._live.stop()
 
     async def _poll(self) -> None:

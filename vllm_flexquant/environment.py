@@ -33,6 +33,12 @@ _INJECTED = re.compile(
 begins so, and Docker for a linked container."""
 
 
+def injected(environ: Mapping[str, str]) -> list[str]:
+    """Variables with our prefix that a container platform sets."""
+    ours = (v for v in environ if v.startswith(ENV_PREFIX))
+    return sorted(v for v in ours if _INJECTED.fullmatch(v.removeprefix(ENV_PREFIX)))
+
+
 def read_environment(options: Iterable[str], environ: Mapping[str, str]) -> dict[str, str]:
     """The options that have a variable, as text. A variable that is empty is unset.
 
@@ -42,14 +48,13 @@ def read_environment(options: Iterable[str], environ: Mapping[str, str]) -> dict
     names = {f"{ENV_PREFIX}{option.upper()}": option for option in options}
     known = [*names, *PROCESS_ENV]
     ours = {v: text.strip() for v, text in environ.items() if v.startswith(ENV_PREFIX)}
-    others = sorted(ours.keys() - set(known))
-    injected = [v for v in others if _INJECTED.fullmatch(v.removeprefix(ENV_PREFIX))]
-    for variable in others:
-        if variable not in injected and ours[variable]:
+    passed_over = [v for v in injected(environ) if v not in known]
+    for variable in sorted(ours.keys() - {*known, *passed_over}):
+        if ours[variable]:
             unknown = unknown_name("variable", variable, known, ENV_PREFIX)
             raise ValueError(f"{ENVIRONMENT}: {unknown}")
-    if injected:
-        _note_injected(tuple(injected))
+    if passed_over:
+        _note_injected(tuple(passed_over))
     return {names[v]: text for v, text in ours.items() if v in names and text}
 
 

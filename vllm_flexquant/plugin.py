@@ -19,21 +19,19 @@ _warned = False
 def register() -> None:
     """Make `--quantization flexquant` known. Idempotent, cheap, touches no device.
 
-    Never raises: where vLLM is not as we know it, models that do not use flexquant are served as
-    ever, and a warning says why flexquant is not there.
+    Where vLLM is not as we know it, models that do not use flexquant are served as ever, and a
+    warning says why flexquant is not there.
 
     The environment variable VLLM_FLEXQUANT_DISABLE=1 makes this do nothing.
     """
     global _warned
     if os.environ.get(DISABLE) == "1":
         return
-    from vllm_flexquant.host.contract import ContractError
-
     try:
         from vllm_flexquant.host import engine_args
 
         engine_args.install(again=register)
-    except (ImportError, AttributeError, ContractError) as error:
+    except (ImportError, AttributeError, RuntimeError, TypeError, ValueError) as error:
         if not _warned:
             _warned = True
             logger.warning("flexquant is not available: %s", error)

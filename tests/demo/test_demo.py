@@ -8,7 +8,9 @@ import time
 from pathlib import Path
 from urllib.request import urlopen
 
+import by_hand
 import pytest
+import torch
 from rich.console import Console
 
 from benchmarks.provenance import package_versions
@@ -16,16 +18,17 @@ from demo import live, report, server
 from demo.prompts import PROMPTS
 from demo.run import calibrated_checkpoint, take_turn
 
-STATUS = {
-    "options": {"policy": "entropy"},
-    "steps": 7,
-    "level": 3,
-    "levels": 10,
-    "mean_bits": 5.25,
-    "bytes_read_per_step": 90_000_000,
-    "entropy_nats": {"r1": 1.0, "r2": 2.0},
-    "layers": [{"width": 4}, {"width": 6}, {"width": 8}],
-}
+
+def status(ids: str = "", **options):
+    """What a worker tells after five steps of these requests."""
+    made = by_hand.planner(**options)
+    told = by_hand.telemetry(made)
+    for slot in range(len(ids)):
+        by_hand.start(made, slot)
+    for _ in range(5 if ids else 0):
+        made.step(by_hand.batch(ids))
+        made.logits(torch.linspace(0, 40, 40).repeat(len(ids), 1))
+    return told.now()
 
 
 def row(speed: float, kl: float) -> dict:
@@ -55,14 +58,20 @@ def test_prompts_are_a_dozen_different_ones():
 
 
 def test_live_view_shows_status_and_answer():
-    text = printed(live.view("entropy", STATUS, "first\nlast line"))
-    for part in ("5.25 bits", "90 MB", "1.50 nats", "2 requests", "level   3 of 9", "468", "last"):
+    told = status("ab")
+    nats = told["gauges"]["entropy_nats"]
+    text = printed(live.view("entropy", told, "first\nlast line"))
+    widths = "".join(str(layer["width"]) for layer in told["layers"])
+    bits, level = f"{told['mean_bits']:.2f} bits", f"level {told['level']:>3} of 10"
+    for part in (bits, f"{nats:.2f} nats", "2 requests", "step 5", level, widths, "last"):
         assert part in text
+    assert 4 <= told["mean_bits"] < 8
 
 
 def test_live_view_of_an_idle_server():
-    text = printed(live.view("x", STATUS | {"entropy_nats": {}, "levels": 1, "level": 0}, ""))
+    text = printed(live.view("x", status(policy="static"), ""))
     assert "0 requests" in text
+    assert "entropy -" in text
 
 
 def test_table_has_ratios_and_fits_a_terminal():

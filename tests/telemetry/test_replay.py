@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Record a planner's steps, and decide them again from the file."""
 
+import io
+import json
 import time
 
 import numpy as np
@@ -171,3 +173,40 @@ def test_nothing_is_recorded_unless_asked_for():
     drive(made, 3, seed=4)
     assert len(told.recorder.views()) == 3
     assert replay(load(told)).same == len(load(told).steps) == 8
+
+
+def test_options_that_a_replay_does_not_go_by_are_refused():
+    _, _, trace = recorded(steps=5)
+    with pytest.raises(ValueError, match="min_bits stays as it was recorded"):
+        replay(trace, {"min_bits": 6})
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_a_damaged_trace_is_refused_in_a_sentence(seed):
+    """Parts taken away, of another kind or length, numbers out of range."""
+    _, told, _ = recorded(steps=5)
+    content, pick = told.recorder.trace().dump(), np.random.default_rng(seed)
+    with np.load(io.BytesIO(content)) as file:
+        arrays = {name: file[name] for name in file.files}
+    name = sorted(arrays)[pick.integers(len(arrays))]
+    header = json.loads(arrays["header"].tobytes())
+    match seed % 6:
+        case 0:
+            del arrays[name]
+        case 1:
+            arrays[name] = arrays[name][:-1]
+        case 2:
+            arrays[name] = arrays[name].astype(np.complex64)
+        case 3:
+            name = ("accounts", "level", "first", "low", "high", "ceiling")[pick.integers(6)]
+            arrays[name] = arrays[name] + 500
+        case 4:
+            del header[sorted(header)[pick.integers(len(header))]]
+            arrays["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
+        case 5:
+            arrays["header"] = np.frombuffer(b"[7]", np.uint8)
+    damaged = io.BytesIO()
+    np.savez_compressed(damaged, **arrays)
+    with pytest.raises(ValueError, match="is no trace of flexquant") as refused:
+        Trace.load(damaged.getvalue())
+    assert len(str(refused.value)) < 400

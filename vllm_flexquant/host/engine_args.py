@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_flexquant import __version__
+from vllm_flexquant.environment import injected
 from vllm_flexquant.host import contract
 from vllm_flexquant.options import FORMAT_OPTIONS, METHOD, FlexQuantOptions, environment_names
 from vllm_flexquant.values import shown
@@ -67,7 +69,10 @@ def _then(first: Callable[[], None], second: Callable[[], None]) -> Callable[[],
 
 
 def _wrap(engine_args: type[EngineArgs]) -> None:
+    from vllm import envs
+
     contract.require(engine_args, ["create_engine_config"], "prepare an engine's config")
+    contract.require(envs, ["environment_variables"], "let vLLM know our variables")
     contract.wrap(
         engine_args,
         "create_speculative_config",
@@ -82,7 +87,7 @@ def _preparing(create_engine_config: Callable[..., VllmConfig]) -> Callable[...,
     def create_flexquant_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
         with _known_environment():
             config = create_engine_config(self, *args, **kwargs)
-        if config.model_config is not None and config.model_config.quantization == METHOD:
+        if getattr(config.model_config, "quantization", None) == METHOD:
             prepare_engine_config(config)
         return config
 
@@ -95,7 +100,7 @@ def _self_speculating(
     def create_self_speculative_config(
         self: EngineArgs, target_model_config: ModelConfig, *args: Any, **kwargs: Any
     ) -> SpeculativeConfig | None:
-        if target_model_config is not None and target_model_config.quantization == METHOD:
+        if getattr(target_model_config, "quantization", None) == METHOD:
             from vllm_flexquant.host import draft_setup
 
             self.speculative_config = draft_setup.speculative_config(
@@ -116,7 +121,8 @@ def _known_environment() -> Iterator[None]:
     """
     from vllm import envs
 
-    names = [name for name in environment_names() if name not in envs.environment_variables]
+    ours = {*environment_names(), *injected(os.environ)}
+    names = [name for name in ours if name not in envs.environment_variables]
     envs.environment_variables.update(dict.fromkeys(names, lambda: None))
     try:
         yield

@@ -19,7 +19,7 @@ from vllm_flexquant.policy.budget import NO_PAST, OTHER
 LEDGER = ("balance", "spent", "tokens", "needed", "foreseen")
 """What of the accounts changes from step to step."""
 
-_CARRIED = (*LEDGER, "decisions")
+CARRIED = (*LEDGER, "decisions")
 
 
 def make_state(
@@ -81,9 +81,9 @@ def fill(state: State, **values: Any) -> None:
 
 def carried(state: State) -> dict[str, Any]:
     """All that the next decision depends on beside its step, as plain values (syncs a GPU)."""
-    return {name: state.tensor(name).tolist() for name in _CARRIED}
+    return {name: state.tensor(name).tolist() for name in CARRIED}
 
 
 def restore(state: State, values: Mapping[str, Any]) -> None:
     """Go on from what `carried` returned."""
-    fill(state, **{name: values[name] for name in _CARRIED})
+    fill(state, **{name: values[name] for name in CARRIED})

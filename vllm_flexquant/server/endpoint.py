@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
+from starlette.requests import ClientDisconnect
 
 from vllm_flexquant.environment import ENV_PREFIX
 from vllm_flexquant.options import METHOD
@@ -145,12 +146,15 @@ def _is_operator(request: Request, engines: Engines, must_be: bool) -> bool:
 
 async def _body(request: Request) -> bytes:
     body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > BODY_BYTES:
-            raise RefusedError(
-                413, f"the body is larger than {BODY_BYTES} bytes; name options only"
-            )
+    try:
+        async for part in request.stream():
+            body += part
+            if len(body) > BODY_BYTES:
+                raise RefusedError(
+                    413, f"the body is larger than {BODY_BYTES} bytes; name options only"
+                )
+    except ClientDisconnect:
+        raise RefusedError(400, "the body ended early") from None
     return bytes(body)
 
 

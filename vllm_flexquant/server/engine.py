@@ -195,20 +195,7 @@ def merge(ranks: Sequence[View]) -> View:
 
 
 def overview(engines: Mapping[str, View]) -> View:
-    """One view of all engines: of several, the first one's with what can be added added up, and
-    each one's own in `engines`."""
-    views = list(engines.values())
-    if len(views) == 1:
-        return views[0]
-    counted: dict[str, float] = {}
-    for view in views:
-        for name, value in view["counters"].items():
-            counted[name] = counted.get(name, 0) + value
-    return views[0] | {
-        "steps": sum(view["steps"] for view in views),
-        "clamped_widths": sum(view["clamped_widths"] for view in views),
-        "unknown_rows": sum(view["unknown_rows"] for view in views),
-        "requests": [request for view in views for request in view["requests"]],
-        "counters": counted,
-        "engines": [{"engine_index": int(label), **view} for label, view in engines.items()],
-    }
+    """One view of all engines: of several, the first one's, and each one's own in `engines`, with
+    its `engine_index` as in vLLM's metrics."""
+    views = [{"engine_index": int(label), **view} for label, view in engines.items()]
+    return views[0] | ({"engines": views} if len(views) > 1 else {})

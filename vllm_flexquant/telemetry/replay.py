@@ -24,6 +24,25 @@ from vllm_flexquant.policy.protocol import FIRST, LATER, StepFacts
 from vllm_flexquant.requests.accounts import asked
 from vllm_flexquant.telemetry.steps import Step, Trace
 
+DECIDING = (
+    "policy",
+    "level",
+    "budget",
+    "budget_horizon",
+    "classes",
+    "signal",
+    "aggregate",
+    "quantile",
+    "entropy_low",
+    "entropy_high",
+    "hysteresis",
+    "dwell",
+    "progressive_tokens",
+    "progressive_full",
+    "progressive_bits",
+)
+"""Options that a replay goes by."""
+
 
 @dataclass(frozen=True)
 class Replayed:
@@ -69,11 +88,16 @@ def replay(trace: Trace, changes: Mapping[str, Any] | None = None) -> Replayed:
     """Decide the steps of `trace` again.
 
     Args:
-        changes: options that differ from the recorded ones; a ceiling by load stays as recorded.
+        changes: options of `DECIDING` that differ from the recorded ones.
 
     Raises:
         ValueError: an option is bad, or the trace lacks what the policy needs.
     """
+    if stays := sorted((changes or {}).keys() & FlexQuantOptions.model_fields.keys() - {*DECIDING}):
+        raise ValueError(
+            f"replay: {stays[0]} stays as it was recorded, as do bounds, ceilings and times; "
+            f"options that decide are {', '.join(DECIDING)}"
+        )
     header = trace.header
     recorded = FlexQuantOptions().updated(header["options"], "the trace")
     options = recorded.updated(changes or {}, "replay")

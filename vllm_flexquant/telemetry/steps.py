@@ -19,16 +19,25 @@ from typing import Any
 
 import numpy as np
 
+from flexquant_kernels.state import ACCOUNTS
+from vllm_flexquant.format.layout import PARENT_BITS
 from vllm_flexquant.options import FlexQuantOptions
 from vllm_flexquant.planner.planner import Planner
-from vllm_flexquant.planner.state import carried
+from vllm_flexquant.planner.state import CARRIED, carried
 from vllm_flexquant.planner.watcher import Watcher
 from vllm_flexquant.policy.arrays import Array, host
 from vllm_flexquant.policy.protocol import FIRST, LATER
+from vllm_flexquant.values import shown
 
 FORMAT = 2
 SNAPSHOT_STEPS = 256
 """Steps between two records of the state, one of which a trace begins with."""
+
+_BROKEN = (
+    *(ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError),
+    *(OSError, EOFError, zipfile.BadZipFile, zlib.error),
+)
+"""What reading a file of another kind, or a damaged one, raises."""
 
 _NONE = np.zeros(0, np.float32)
 _ROWS = {
@@ -139,21 +148,23 @@ class Trace:
         Raises:
             ValueError: it is none, or of another format.
         """
-        broken = (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error)
         try:
             with np.load(io.BytesIO(content), allow_pickle=False) as file:
                 arrays = {key: file[key] for key in file.files}
             header = json.loads(arrays.pop("header").tobytes())
-            ends = np.cumsum(arrays.pop("rows"))[:-1]
-        except broken as error:
+            rows, form = arrays.pop("rows"), header.pop("format")
+            if form == FORMAT:
+                _check(header, rows, arrays)
+        except _BROKEN as error:
             raise ValueError(
-                f"{name} is no trace of flexquant ({error}); make one with `flexquant trace`"
+                f"{name} is no trace of flexquant ({error!r}); make one with `flexquant trace`"
             ) from None
-        if header.get("format") != FORMAT:
+        if form != FORMAT:
             raise ValueError(
-                f"{name} has format {header.get('format')} and this version reads {FORMAT}; "
+                f"{name} has format {shown(form)} and this version reads {FORMAT}; "
                 "make it again, or update vllm-flexquant"
             )
+        ends = np.cumsum(rows)[:-1]
         of_rows = {key: np.split(arrays[key], ends) for key in _ROWS}
         steps = []
         for i in range(len(arrays["level"])):
@@ -161,6 +172,40 @@ class Trace:
             values |= {key: arrays[key][i].item() for key in _SCALARS}
             steps.append(Step(**values))
         return cls(header, steps)
+
+
+def _check(header: Mapping[str, Any], rows: np.ndarray, arrays: Mapping[str, np.ndarray]) -> None:
+    """That the parts of a trace fit each other.
+
+    Raises:
+        ValueError, KeyError, TypeError: they do not.
+    """
+    if rows.ndim != 1 or rows.dtype.kind != "i" or (rows < 0).any():
+        raise ValueError("rows are no counts")
+    levels, count = len(header["mean_bits"]), int(rows.sum())
+    limits = {
+        "accounts": ACCOUNTS,
+        "low": PARENT_BITS + 1,
+        "high": PARENT_BITS + 1,
+        "ceiling": levels,
+        "first": levels,
+        "level": levels,
+    }
+    for key, kind in (_ROWS | _SCALARS).items():
+        found, wanted = arrays[key], count if key in _ROWS else len(rows)
+        if found.shape != (wanted,) or found.dtype != kind:
+            raise ValueError(
+                f"{key} is {found.dtype} {found.shape}, not {kind.__name__} [{wanted}]"
+            )
+        if key in limits and not ((found >= 0) & (found < limits[key])).all():
+            raise ValueError(f"{key} is out of range")
+    for part, kept in (("options", dict), ("cost", list), ("figures", (dict, type(None)))):
+        if not isinstance(header[part], kept):
+            raise ValueError(f"{part} is {shown(header[part])}")
+    if len(header["cost"]) != levels or not isinstance(header["probe_layer"], int | None):
+        raise ValueError("the header does not fit")
+    if rows.size and header["state"].keys() != set(CARRIED):
+        raise ValueError("the state before the first step is missing")
 
 
 class Recorder(Watcher):
