@@ -15,22 +15,6 @@ from vllm_flexquant.server.messages import BODY_BYTES, to_json
 PATH = "/v1/flexquant"
 
 
-@pytest.fixture
-def rank():
-    return Rank()
-
-
-@pytest.fixture
-def client(rank):
-    return Client([[rank]])
-
-
-@pytest.fixture
-def http(client):
-    with TestClient(application(client)) as made:
-        yield made
-
-
 def message(answer):
     return answer.json()["error"]["message"]
 

@@ -17,22 +17,6 @@ from vllm_flexquant.server.metrics import exposition
 OWN = 'engine="0",model_name="smol"'
 
 
-@pytest.fixture
-def rank():
-    return Rank()
-
-
-@pytest.fixture
-def client(rank):
-    return Client([[rank]])
-
-
-@pytest.fixture
-def http(client):
-    with TestClient(application(client)) as made:
-        yield made
-
-
 def ours(answer):
     """Values by name, engine and class, of what can be read with the format's own parser."""
     kind = answer.headers["content-type"].partition(";")[0]
