@@ -173,13 +173,20 @@ def price(state: State, need: Array, accounts: Array) -> Array:
     need = xp.clip(xp.nan_to_num(need, nan=_MOST_NEED), 0, _MOST_NEED)
     member = _members(accounts)
     count = member.sum(1)
-    mean = xp.where(member, need[None, :], 0.0).sum(1) / xp.clip(count, 1, None)
-    ordered = ascending(xp.where(member, need[None, :], _MOST_NEED))
-    rank = xp.round(floats(xp.clip(count - 1, 0, None)) * floats(state.quantile))
-    chosen = numbers(need)[None, :] == integers(rank)[:, None]
-    quantile = xp.where(chosen, ordered, 0.0).sum(1)
-    greatest = largest(xp.where(member, need[None, :], 0.0))
-    demand = by_index(state.aggregate, [mean, quantile, greatest])
+
+    def mean() -> Array:
+        return xp.where(member, need[None, :], 0.0).sum(1) / xp.clip(count, 1, None)
+
+    def quantile() -> Array:
+        ordered = ascending(xp.where(member, need[None, :], _MOST_NEED))
+        rank = xp.round(floats(xp.clip(count - 1, 0, None)) * floats(state.quantile))
+        chosen = numbers(need)[None, :] == integers(rank)[:, None]
+        return xp.where(chosen, ordered, 0.0).sum(1)
+
+    def greatest() -> Array:
+        return largest(xp.where(member, need[None, :], 0.0))
+
+    demand = by_index(state.aggregate, (mean, quantile, greatest))
     found = _in_force(state) * demand * correction(state)
     found = xp.where((count > 0) & xp.isfinite(found), found, -1.0)
     return largest(found).reshape(1)

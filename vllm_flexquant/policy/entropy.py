@@ -51,12 +51,19 @@ def averaged(before: Array, seen: Array, entropy: Array, decay: float) -> Array:
 def _combined(state: State, entropy: Array, known: Array) -> Array:
     """fp32 [1] nats, of fp32 and bool [n]."""
     xp = namespace(entropy)
-    # in fp64, so that neither the order of rows nor the device decides
-    total = xp.where(known, entropy, 0.0).sum(dtype=xp.float64)
-    mean = floats((total / xp.clip(known.sum(), 1, None)).reshape(1))
-    # nearest rank among the known ones
-    ordered = ascending(xp.where(known, entropy, xp.inf))
-    rank = xp.round(floats(xp.clip(known.sum() - 1, 0, None)) * floats(state.quantile))
-    quantile = ordered[integers(rank)]
-    greatest = largest(xp.where(known, entropy, -xp.inf)).reshape(1)
-    return by_index(state.aggregate, [mean, quantile, greatest])
+
+    def mean() -> Array:
+        # in fp64, so that neither the order of rows nor the device decides
+        total = xp.where(known, entropy, 0.0).sum(dtype=xp.float64)
+        return floats((total / xp.clip(known.sum(), 1, None)).reshape(1))
+
+    def quantile() -> Array:
+        # nearest rank among the known ones
+        ordered = ascending(xp.where(known, entropy, xp.inf))
+        rank = xp.round(floats(xp.clip(known.sum() - 1, 0, None)) * floats(state.quantile))
+        return ordered[integers(rank)]
+
+    def greatest() -> Array:
+        return largest(xp.where(known, entropy, -xp.inf)).reshape(1)
+
+    return by_index(state.aggregate, (mean, quantile, greatest))

@@ -8,7 +8,7 @@ code. In NumPy's arrays on a CPU, in torch's elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -117,10 +117,14 @@ def least_move(hysteresis: float, levels: int) -> float:
     return float(np.float32(hysteresis * (levels - 1)))
 
 
-def by_index(index: Array, choices: list[Array]) -> Array:
-    """The one of equally shaped arrays that `index`, int [1], names; without reading it."""
-    xp = namespace(index)
-    found = choices[0]
+def by_index(index: Array, choices: Sequence[Callable[[], Array]]) -> Array:
+    """What that one gives of equally shaped arrays which `index`, int [1], names.
+
+    On a GPU it is not read, so all are computed.
+    """
+    if isinstance(index, np.ndarray):
+        return choices[index[0]]()
+    found = choices[0]()
     for i, choice in enumerate(choices[1:], 1):
-        found = xp.where(index == i, choice, found)
+        found = torch.where(index == i, choice(), found)
     return found
