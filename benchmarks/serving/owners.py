@@ -144,9 +144,7 @@ def install(clock: Clock, core: Any, llm_engine: Any, runner: Any) -> None:
     clock.put_around(planner, "step", "flexquant: decision")
     clock.put_around(planner, "probe", "flexquant: probe")
     clock.put_around(planner.sequences, "read", "flexquant: entropy")
-    for processor in runner.input_batch.logitsprocs.all:
-        if type(processor).__module__.startswith("vllm_flexquant."):
-            clock.put_around(processor, "apply", "flexquant: accounts")
+    clock.put_around(planner, "logits", "flexquant: accounts")
 
 
 def middle_half(steps: Sequence[Mapping[str, int]]) -> list[Mapping[str, int]]:

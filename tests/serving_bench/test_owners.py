@@ -185,6 +185,6 @@ def test_table_sums_up_what_is_ours():
 def test_what_is_timed_in_the_plugin_is_there():
     planners = pytest.importorskip("vllm_flexquant.planner.planner")
     sequences = pytest.importorskip("vllm_flexquant.planner.sequences")
-    for name in ("step", "probe"):
+    for name in ("step", "probe", "logits"):
         assert hasattr(planners.Planner, name)
     assert hasattr(sequences.SequenceEntropy, "read")
