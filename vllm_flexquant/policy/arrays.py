@@ -60,13 +60,6 @@ def indices(values: Sequence[Any], like: Array) -> Array:
     return np.array(values, dtype=np.int64)
 
 
-def constant(values: Sequence[float], like: Array) -> Array:
-    """fp64 [n] beside `like`."""
-    if isinstance(like, torch.Tensor):
-        return torch.tensor(values, dtype=torch.float64, device=like.device)
-    return np.array(values, dtype=np.float64)
-
-
 def ascending(values: Array) -> Array:
     """Sorted along the last axis."""
     return values.sort().values if isinstance(values, torch.Tensor) else np.sort(values)

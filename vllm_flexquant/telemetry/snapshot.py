@@ -53,7 +53,8 @@ class Snapshots(Watcher):
         """
         now = time.monotonic()
         if fresh or now - self._taken >= _KEPT_S:
-            self._last, self._taken = finite(self._view() | self._metrics()), now
+            view = self._view()
+            self._last, self._taken = finite(view | self._metrics(view)), now
         return self._last
 
     def _view(self) -> dict[str, Any]:
@@ -151,21 +152,15 @@ class Snapshots(Watcher):
             "kept": load.met >= 1 - 2 * MISSED,
         }
 
-    def _metrics(self) -> dict[str, Any]:
+    def _metrics(self, view: dict[str, Any]) -> dict[str, Any]:
         """`gauges` and `counters` by name, and both by label of `accounts`.
 
         Counters are sums since the start; a gauge that does not apply is absent.
         """
-        planner, state, sums = self._planner, self._planner.state, self._sums
-        assert planner.table is not None
-        widths = host(state.table).tolist()
-        gauges: dict[str, float] = {
-            "mean_bits": mean_bits(planner.table.layers, widths),
-            "level": self.level(widths),
-            "levels": len(planner.model.ladder),
-            "request_floor_bits": planner.facts.floor,
-        }
-        known = [r["entropy_nats"] for r in self._requests() if r["entropy_nats"] is not None]
+        planner, sums = self._planner, self._sums
+        shown = ("mean_bits", "level", "levels", "request_floor_bits")
+        gauges: dict[str, float] = {name: view[name] for name in shown}
+        known = [r["entropy_nats"] for r in view["requests"] if r["entropy_nats"] is not None]
         if known:
             gauges["entropy_nats"] = sum(known) / len(known)
         if planner.clock.load.target is not None:
@@ -175,20 +170,20 @@ class Snapshots(Watcher):
             "decode_steps": sums.steps,
             "decode_step_bits": sums.bits,
             "switches": sums.switches,
-            "clamped_widths": ops.clamped_calls(),
-            "unknown_rows": int(state.unknown[0]),
+            "clamped_widths": view["clamped_widths"],
+            "unknown_rows": view["unknown_rows"],
         }
         if self._speculation is not None:
             gauges |= self._speculation.gauges()
             counters |= self._speculation.sums()
         if planner.ledger is not None:
             gauges["best_nats"] = planner.ledger.best
-        return {"gauges": gauges, "counters": counters, "accounts": self._accounts()}
+        return {"gauges": gauges, "counters": counters, "accounts": self._accounts(view["budget"])}
 
-    def _accounts(self) -> dict[str, Any]:
+    def _accounts(self, budget: dict[str, Any] | None) -> dict[str, Any]:
         planner = self._planner
         ledger = planner.ledger
-        if ledger is None:
+        if ledger is None or budget is None:
             return {}
         names = class_accounts(planner.options.classes)
         lines: dict[str, int | slice] = {**names, OWN: slice(FIRST_OWN, ACCOUNTS)}
@@ -197,8 +192,7 @@ class Snapshots(Watcher):
         }
         # the accounts rest while another policy decides
         if planner.policy.books:
-            classes = ledger.view(names)["classes"]
-            for name, account in classes.items():
+            for name, account in budget["classes"].items():
                 kept = ("asked_nats", "balance_nats", "can_be_met")
                 found[name]["gauges"] = {kind: float(account[kind]) for kind in kept}
         return found
